@@ -1,0 +1,1 @@
+"""Scenes: pictures of COCO categories with ground truth, rendered from a seed."""

@@ -1,0 +1,1 @@
+"""Evaluation of attention plans and the per-request state they need."""

@@ -1,0 +1,1 @@
+"""Measures and drawings of what a model looks at."""

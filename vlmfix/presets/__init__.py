@@ -1,0 +1,1 @@
+"""Settings published for particular checkpoints."""

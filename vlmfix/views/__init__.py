@@ -1,0 +1,1 @@
+"""Views: other inputs made from the caller's (noised, removed or replaced pictures, other instructions)."""
