@@ -135,7 +135,8 @@ def test_truncated(tmp_path, kind, share):
 @pytest.mark.parametrize(
     ("content", "words"),
     [(b"", "empty"), (b"hello", "not a picture"), (b"<html><body>404</body></html>", "web page"),
-     (b"<svg></svg>", "SVG"), (b"%PDF-1.7", "PDF"), (b"\0\0\0\x18ftypheic", "HEIC"), (b"\0\0\0\x18ftypmp42", "video"), (b"PK\x03\x04", "ZIP")],
+     (b"<svg></svg>", "SVG"), (b"%PDF-1.7", "PDF"),
+     (b"\0\0\0\x18ftypheic", "HEIC"), (b"\0\0\0\x18ftypmp42", "video"), (b"PK\x03\x04", "ZIP")],
 )  # fmt: skip
 def test_not_a_picture(tmp_path, content, words):
     path = tmp_path / "thing.jpg"

@@ -115,8 +115,8 @@ def _check_file(path: Path) -> None:
         size = path.stat().st_size
     except FileNotFoundError:
         raise PictureError(f"{path}: no such file; check the path") from None
-    except OSError as error:
-        raise PictureError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    except (OSError, ValueError) as error:
+        raise PictureError(f"{path}: cannot be read ({error}); check the path and its permissions") from error
     if not path.is_file():
         raise PictureError(f"{path}: is not a file; give a picture file")
     if size == 0:
