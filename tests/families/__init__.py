@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from . import blocks, llava, others, qwen, tiles
-from .core import Family, Inputs, TinyVLM, construct
+from . import blocks, llava, others, patches, qwen, tiles
+from .core import Family, Inputs, TinyVLM, construct, released
 
 REQUIRED = (
     "llava",
@@ -32,10 +32,10 @@ MAIN = ("llava", "qwen2_5_vl", "idefics3")
 """Plain, M-RoPE and several runs per picture: where the whole matrix runs."""
 
 SPECS: Mapping[str, Family] = {
-    spec.name: spec for group in (llava, qwen, tiles, blocks, others) for spec in group.FAMILIES
+    spec.name: spec for group in (llava, qwen, tiles, blocks, patches, others) for spec in group.FAMILIES
 }
-FAMILIES = (*REQUIRED, *sorted(SPECS.keys() - set(REQUIRED)))
-"""Names of all families, the required ones first."""
+FAMILIES = (*REQUIRED, *sorted(name for name in SPECS.keys() - set(REQUIRED) if released(SPECS[name].min_transformers)))
+"""Names of all families that the installed transformers has, the required ones first."""
 
 
 def build(family: str, seed: int = 0, fresh: bool = False, **over: Any) -> TinyVLM:

@@ -25,6 +25,8 @@ FAMILIES = [
         },
         single(9, 12),
         zeros=("token_type_ids",),
+        mask="prefix",
+        sees_ahead=True,
         cached=False,
     ),
     Family(
@@ -45,6 +47,7 @@ FAMILIES = [
             "tie_word_embeddings": False,
         },
         gemma3,
+        mask="image-blocks",
         types=("token_type_ids",),
     ),
 ]

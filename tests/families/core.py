@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, TypeVar
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -86,6 +88,11 @@ class Prompt:
     pictures: list[Picture]
 
 
+def released(version: str) -> bool:
+    """Whether the installed transformers is at least a version."""
+    return Version(metadata.version("transformers")) >= Version(version)
+
+
 Join = Callable[[Sequence[Prompt], "Inputs"], Mapping[str, Tensor]]
 
 
@@ -150,13 +157,15 @@ class Family:
         types: names of [B, K] tensors that are 1 at visual tokens and 0 elsewhere.
         zeros: names of [B, K] tensors that are 0 everywhere.
         images: the numbers of pictures a row may have.
-        left_padding: a left-padded row gives what the row alone gives.
-        beams: beam search and several return sequences work.
-        static: generation with a static cache works.
+        left_padding: a left-padded row generates what the row alone generates.
+        uneven: a row equals the row alone also where rows of the batch differ in their number of pictures.
+        beams_until: the first release in which beam search and several return sequences fail, None if in none.
+        static_since: the oldest release in which generation with a static cache works, None if in none.
+        mask: how prompt rows see each other, in the words of `vlmfix.layout.MaskKind`.
+        sees_ahead: some tokens before a picture see it.
         cached: decoding with a cache equals decoding without (false where the prompt sees itself in both directions).
         grouped: fewer key than query heads.
         min_transformers: the oldest release in which this builds.
-        keep: substrings of parameter names that keep transformers' own initial values.
     """
 
     name: str
@@ -167,12 +176,14 @@ class Family:
     zeros: tuple[str, ...] = ()
     images: tuple[int, ...] = (0, 1, 2)
     left_padding: bool = True
-    beams: bool = True
-    static: bool = True
+    uneven: bool = True
+    beams_until: str | None = None
+    static_since: str | None = "5.17"
+    mask: str = "causal"
+    sees_ahead: bool = False
     cached: bool = True
     grouped: bool = True
     min_transformers: str = "5.17"
-    keep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -191,7 +202,9 @@ class TinyVLM:
 
     @property
     def rows(self) -> tuple[int, int, int]:
-        """A batch of three rows that shows every number of pictures the family takes."""
+        """A batch of three rows that shows every number of pictures the family takes in one batch."""
+        if not self.spec.uneven:
+            return (1, 1, 1)
         counts = sorted(self.spec.images, reverse=True)
         return tuple((counts * 3)[:3])
 
@@ -238,6 +251,16 @@ class TinyVLM:
         inputs |= self.spec.join(prompts, inputs)
         return inputs
 
+    @property
+    def beams(self) -> bool:
+        """Whether beam search and several return sequences work in the installed transformers."""
+        return self.spec.beams_until is None or not released(self.spec.beams_until)
+
+    @property
+    def static(self) -> bool:
+        """Whether generation with a static cache works in the installed transformers."""
+        return self.spec.static_since is not None and released(self.spec.static_since)
+
     def expected_visual(self, inputs: Inputs) -> Tensor:
         """[B, K] bool, positions that were built as visual tokens."""
         return inputs.images >= 0
@@ -269,7 +292,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module, seed: int, keep: Collection[str] = ()) -> None:
+def randomise(model: torch.nn.Module, seed: int) -> None:
     """Draws weights such that activations neither vanish nor saturate and greedy margins are wide.
 
     Matrices get a deviation of 1/sqrt(inputs), embeddings 0.5; vectors are moved a little from their initial value.
@@ -279,10 +302,10 @@ def randomise(model: torch.nn.Module, seed: int, keep: Collection[str] = ()) -> 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if any(part in name for part in keep):
-            continue
         if "gate" in name and parameter.numel() == 1:
             parameter.fill_(0.5)
+        elif name.endswith("A_log"):
+            parameter.fill_(-2)  # linear attention that remembers; one that forgets at once divides by almost nothing
         elif parameter.dim() < 2:
             parameter.add_(noise * 0.1)
         elif id(parameter) in embeddings:
@@ -303,7 +326,7 @@ def construct(spec: Family, seed: int, over: Mapping[str, Any]) -> TinyVLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-    randomise(model, seed, spec.keep)
+    randomise(model, seed)
     for module in (model, getattr(model, "language_model", None)):
         if module is not None and hasattr(module, "generation_config"):
             module.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=None)

@@ -90,4 +90,41 @@ FAMILIES = [
         anyres_next,
         join=padded_tiles,
     ),
+    Family(
+        "deepseek_vl",
+        {
+            "text_config": LLAMA,
+            "vision_config": {**SIGLIP, "image_size": 12},
+            "image_token_id": IMAGE,
+            "tie_word_embeddings": False,
+        },
+        single(9, 12),
+    ),
+    Family(
+        "janus",
+        {
+            "text_config": LLAMA,
+            "vision_config": {
+                **TOWER,
+                "image_size": 12,
+                "patch_size": 4,
+                "mlp_ratio": 1.5,
+                "projection_dim": 64,
+                "num_image_tokens": 9,
+            },
+            "vq_config": {
+                "num_embeddings": 16,
+                "latent_channels": 8,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "num_patches": 3,
+                "projection_dim": 64,
+                "image_token_embed_dim": 64,
+            },
+            "image_token_id": IMAGE,
+            "tie_word_embeddings": False,
+        },
+        single(9, 12),
+    ),
 ]

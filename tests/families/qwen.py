@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .core import DECODER, END, IMAGE, START, VIDEO, Draw, Family, Picture
+from .core import DECODER, END, IMAGE, SEP, START, TOWER, VIDEO, Draw, Family, Picture
 
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
 GRIDS = [(1, 4, 4), (1, 4, 6), (1, 6, 6)]
@@ -57,6 +57,36 @@ QWEN3_VISION = {
 }
 TEXT_MROPE = {**DECODER, "rope_parameters": MROPE}
 
+HALF_ROTARY = {"partial_rotary_factor": 0.5}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+QWEN3_5_TEXT = {
+    **DECODER,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    "rms_norm_eps": 1e-3,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": {**MROPE, "mrope_section": [2, 1, 1], **HALF_ROTARY},
+}
+QWEN3_5_VISION = {name: value for name, value in QWEN3_VISION.items() if name != "deepstack_visual_indexes"}
+GLM_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "image_start_token_id": START,
+    "image_end_token_id": END,
+    "video_start_token_id": SEP,
+    "video_end_token_id": SEP + 1,
+}
+
+
+def video_llama_3(draw: Draw) -> Picture:
+    """Flattened patches, merged 2 x 2 as said beside them; plain positions and no frame."""
+    picture = patches(48, framed=False)(draw)
+    return Picture(picture.ids, {**picture.tensors, "image_merge_sizes": torch.tensor([2])})
+
+
 FAMILIES = [
     Family(
         "qwen2_vl",
@@ -75,5 +105,49 @@ FAMILIES = [
         {**IDS, "text_config": {**TEXT_MROPE, "head_dim": 16}, "vision_config": QWEN3_VISION},
         patches(96),
         types=("mm_token_type_ids",),
+    ),
+    Family(
+        "qwen3_vl_moe",
+        {
+            **IDS,
+            "text_config": {**TEXT_MROPE, "head_dim": 16, **EXPERTS},
+            "vision_config": QWEN3_VISION,
+        },
+        patches(96),
+        types=("mm_token_type_ids",),
+    ),
+    Family(
+        "qwen3_5",
+        {**IDS, "text_config": QWEN3_5_TEXT, "vision_config": QWEN3_5_VISION},
+        patches(96),
+        types=("mm_token_type_ids",),
+    ),
+    Family(
+        "glm4v",
+        {
+            **GLM_IDS,
+            "text_config": {**DECODER, "rope_parameters": {**MROPE, "mrope_section": [2, 1, 1], **HALF_ROTARY}},
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 2,
+                "image_size": 24,
+                "out_hidden_size": 64,
+                **PATCHES,
+            },
+        },
+        patches(96),
+        types=("mm_token_type_ids",),
+    ),
+    Family(
+        "video_llama_3",
+        {
+            "text_config": {"model_type": "qwen2", **DECODER},
+            "vision_config": {**TOWER, "patch_size": 4},
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+        },
+        video_llama_3,
     ),
 ]

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from . import FAMILIES, MAIN, REQUIRED, SPECS, build
+from .core import released
 
 TOLERANCE = 2e-5
+NEW = 4
 
 
 def logits(tiny, inputs):
@@ -13,10 +15,15 @@ def logits(tiny, inputs):
         return tiny.model(**inputs).logits
 
 
+def generated(tiny, inputs, **options):
+    options = {"max_new_tokens": NEW, "do_sample": False, **options}
+    return tiny.model.generate(**inputs, **options)[:, -NEW:]
+
+
 def test_required_families_come_first():
     assert FAMILIES[: len(REQUIRED)] == REQUIRED
     assert set(MAIN) <= set(REQUIRED)
-    assert set(FAMILIES) == set(SPECS)
+    assert set(FAMILIES) == {name for name, spec in SPECS.items() if released(spec.min_transformers)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -24,7 +31,8 @@ def test_a_row_of_a_batch_is_the_row_alone(family):
     tiny = build(family)
     batch = tiny.inputs(tiny.rows)
     together = logits(tiny, batch)
-    assert together[batch["attention_mask"].bool()].std() > 1
+    tokens = generated(tiny, batch)
+    assert len({tuple(row) for row in tokens.tolist()}) == 3
     lengths = set()
     for i, count in enumerate(tiny.rows):
         alone = tiny.inputs([count], keys=[i])
@@ -32,37 +40,70 @@ def test_a_row_of_a_batch_is_the_row_alone(family):
         lengths.add(length)
         assert torch.equal(alone["input_ids"][0], batch["input_ids"][i, -length:])
         assert torch.equal(alone.images[0], batch.images[i, -length:])
+        torch.testing.assert_close(together[i, -length:], logits(tiny, alone)[0], atol=TOLERANCE, rtol=0)
         if tiny.spec.left_padding:
-            torch.testing.assert_close(together[i, -length:], logits(tiny, alone)[0], atol=TOLERANCE, rtol=0)
+            assert torch.equal(tokens[i], generated(tiny, alone)[0])
     assert len(lengths) > 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_truth_counts_the_features_the_model_scatters(family):
+def test_truth_marks_one_run_of_indices_per_picture(family):
     tiny = build(family)
     inputs = tiny.inputs(tiny.rows)
     visual, images = tiny.expected_visual(inputs), tiny.expected_images(inputs)
     assert torch.equal(visual, images >= 0)
     assert not (visual & ~inputs["attention_mask"].bool()).any()
-    assert [len(set(row[row >= 0].tolist())) for row in images] == list(tiny.rows)
+    for count, row in zip(tiny.rows, images, strict=True):
+        seen = row[row >= 0]
+        assert torch.equal(seen, seen.sort().values)
+        assert seen.unique().tolist() == list(range(count))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_last_picture_matters(family):
+def test_every_picture_matters_after_its_visual_tokens_only(family):
     tiny = build(family)
     count = max(tiny.spec.images)
-    one, other = tiny.inputs([count]), tiny.inputs([count], changed={(0, count - 1)})
-    assert all(torch.equal(one[k], other[k]) for k in one if one[k].dtype != torch.float32)
-    assert (logits(tiny, one)[0, -1] - logits(tiny, other)[0, -1]).abs().max() > 0.1
+    inputs = tiny.inputs([count])
+    before = logits(tiny, inputs)[0]
+    for j in range(count):
+        other = tiny.inputs([count], changed={(0, j)})
+        assert all(torch.equal(inputs[k], other[k]) for k in inputs if inputs[k].dtype != torch.float32)
+        difference = (before - logits(tiny, other)[0]).abs().amax(1)
+        assert difference[-1] > 0.1
+        if not tiny.spec.sees_ahead:
+            first = int((inputs.images[0] == j).nonzero()[0])
+            assert difference[:first].max() == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generates(family):
+def test_modes_of_generation_work_where_the_family_says_so(family):
     tiny = build(family)
     inputs = tiny.inputs(tiny.rows)
-    tokens = tiny.model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, -4:]
-    assert tokens.shape == (3, 4)
-    assert len({tuple(row) for row in tokens.tolist()}) == 3
+    modes = {
+        "beams": (tiny.beams, {"num_beams": 2}),
+        "static": (tiny.static, {"cache_implementation": "static"}),
+    }
+    for works, options in modes.values():
+        if works:
+            assert generated(tiny, inputs, **options).shape == (3, NEW)
+        else:
+            with pytest.raises((ValueError, RuntimeError, IndexError, TypeError)):
+                generated(tiny, inputs, **options)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if 0 in SPECS[name].images])
+def test_generates_without_a_picture(family):
+    tiny = build(family)
+    inputs = tiny.inputs([0, 0])
+    assert not tiny.expected_visual(inputs).any()
+    assert generated(tiny, inputs).shape == (2, NEW)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_query_heads_share_keys_where_the_family_says_so(family):
+    text = build(family).model.config.get_text_config(decoder=True)
+    heads, keys = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    assert (keys is not None and keys < heads) == SPECS[family].grouped
 
 
 def test_over_replaces_leaves_and_keeps_the_rest():
@@ -71,6 +112,12 @@ def test_over_replaces_leaves_and_keeps_the_rest():
     assert deep.model.config.text_config.num_key_value_heads == 2
     assert build("llava") is build("llava")
     assert build("llava", fresh=True).model is not build("llava").model
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    one, same, other = (build("llava", seed=seed, fresh=True).model.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
 
 
 def test_rows_a_family_cannot_take_are_refused():
