@@ -14,14 +14,15 @@ MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000
 PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
 
 
-def patches(dim: int, framed: bool = True) -> Callable[[Draw], Picture]:
-    """A picture as flattened patches; four of them make one token."""
+def patches(frames: int, framed: bool = True) -> Callable[[Draw], Picture]:
+    """A still picture as flattened patches of [channels, frames, 4, 4]; four patches make one token."""
 
     def picture(draw: Draw) -> Picture:
         grid = torch.tensor([draw.choose(GRIDS)])
         count = int(grid.prod())
         ids = [IMAGE] * (count // 4)
-        tensors = {"pixel_values": draw.pixels(count, dim), "image_grid_thw": grid}
+        pixels = draw.pixels(count, 3, 1, 16).expand(-1, -1, frames, -1).reshape(count, -1)
+        tensors = {"pixel_values": pixels, "image_grid_thw": grid}
         return Picture([START, *ids, END] if framed else ids, tensors)
 
     return picture
@@ -83,7 +84,7 @@ GLM_IDS = {
 
 def video_llama_3(draw: Draw) -> Picture:
     """Flattened patches, merged 2 x 2 as said beside them; plain positions and no frame."""
-    picture = patches(48, framed=False)(draw)
+    picture = patches(1, framed=False)(draw)
     return Picture(picture.ids, {**picture.tensors, "image_merge_sizes": torch.tensor([2])})
 
 
@@ -91,19 +92,19 @@ FAMILIES = [
     Family(
         "qwen2_vl",
         {**IDS, "text_config": TEXT_MROPE, "vision_config": QWEN2_VISION},
-        patches(96),
+        patches(2),
         types=("mm_token_type_ids",),
     ),
     Family(
         "qwen2_5_vl",
         {**IDS, "text_config": TEXT_MROPE, "vision_config": QWEN2_5_VISION},
-        patches(96),
+        patches(2),
         types=("mm_token_type_ids",),
     ),
     Family(
         "qwen3_vl",
         {**IDS, "text_config": {**TEXT_MROPE, "head_dim": 16}, "vision_config": QWEN3_VISION},
-        patches(96),
+        patches(2),
         types=("mm_token_type_ids",),
     ),
     Family(
@@ -113,13 +114,13 @@ FAMILIES = [
             "text_config": {**TEXT_MROPE, "head_dim": 16, **EXPERTS},
             "vision_config": QWEN3_VISION,
         },
-        patches(96),
+        patches(2),
         types=("mm_token_type_ids",),
     ),
     Family(
         "qwen3_5",
         {**IDS, "text_config": QWEN3_5_TEXT, "vision_config": QWEN3_5_VISION},
-        patches(96),
+        patches(2),
         types=("mm_token_type_ids",),
     ),
     Family(
@@ -137,7 +138,7 @@ FAMILIES = [
                 **PATCHES,
             },
         },
-        patches(96),
+        patches(2),
         types=("mm_token_type_ids",),
     ),
     Family(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import FAMILIES, MAIN, REQUIRED, SPECS, build
+from . import FAMILIES, MAIN, REFUSED, REQUIRED, SPECS, build
 from .core import released
 
 TOLERANCE = 2e-5
@@ -118,6 +118,13 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
     one, same, other = (build("llava", seed=seed, fresh=True).model.state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused_families_can_be_built(family):
+    model = build(family).model
+    assert model.config.model_type == family
+    assert model.can_generate()
 
 
 def test_rows_a_family_cannot_take_are_refused():
