@@ -29,9 +29,8 @@ def __getattr__(name: str) -> Any:
     """Loads public names, and methods by class name (`vlmfix.VAR`), on first use, so that importing vlmfix imports no torch."""
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
-    if not name.startswith("_"):
-        from vlmfix import registry
-
+    if name[:1].isupper():
+        registry = importlib.import_module("vlmfix.registry")
         row = next((row for row in registry.ROWS if row.class_name == name), None)
         if row is not None:
             return row.load()
@@ -39,6 +38,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from vlmfix import registry
-
+    registry = importlib.import_module("vlmfix.registry")
     return sorted([*__all__, *(row.class_name for row in registry.ROWS)])

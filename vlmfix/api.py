@@ -1,0 +1,386 @@
+"""The public way in: load or wrap a model, answer, generate, apply for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmfix import registry
+from vlmfix.attention import run
+from vlmfix.attention.compiled import Compiled
+from vlmfix.attention.request import Request
+from vlmfix.errors import Refusal, UsageError
+from vlmfix.hf import encoding, hooks, loading, settings
+from vlmfix.hf.batches import Batcher
+from vlmfix.hf.inputs import MASK_KINDS
+from vlmfix.hf.parts import Parts
+from vlmfix.hf.sinks import sink_dims
+from vlmfix.layout import MaskKind
+from vlmfix.method import ModelFacts
+from vlmfix.presets import preset
+from vlmfix.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer with what it took.
+
+    Args:
+        text: the answer.
+        tokens: generated tokens, the end token included.
+        seconds: time of its batch divided by the batch's size.
+        report: what acted where; see `FixedVLM.report`.
+        evidence: measures of this answer by name.
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+    report: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+class FixedVLM:
+    """A model, its processor and a recipe.
+
+    Args:
+        model: a model of AutoModelForImageTextToText.
+        processor: its processor; only `generate` works without one.
+        recipe: a recipe, a method, a text, or a list of these.
+
+    Raises:
+        Refusal: the recipe cannot act on this model.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, recipe: Any = "greedy") -> None:
+        self.model: Any = bare(model)
+        self.processor = processor
+        self.recipe = Recipe.of(recipe)
+        self.report: dict[str, Any] = {}
+        with hooks.installed(self.model) as parts:
+            self.parts = parts
+            self.compiled = compile_for(parts, self.recipe, processor)
+            if not self.compiled.plain:
+                hooks.acquire(self.model)
+                self._finalizer = weakref.finalize(self, hooks.release, self.model)
+        self._batcher = Batcher(parts, processor)
+        self._encoded = encoding.Memory()
+
+    def close(self) -> None:
+        """Restores the model if this was its last user; also happens when the object is dropped."""
+        finalizer = getattr(self, "_finalizer", None)
+        if finalizer is not None:
+            finalizer()
+
+    def __enter__(self) -> FixedVLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def generate(self, seed: int | None = None, ids: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """transformers' generate under the recipe: same keywords, same result type, only the caller's rows.
+
+        Decoding is greedy unless asked otherwise: sampling, penalties and beams that a checkpoint's generation_config brings are
+        overridden, and the override is reported.
+
+        Args:
+            seed: makes sampling a function of (seed, id, sample, step), the same in any batch.
+            ids: names of the samples for that; their index by default.
+            kwargs: everything the processor returned, and generate's own keywords.
+
+        Returns:
+            Token ids or a ModelOutput, as transformers' generate.
+        """
+        kwargs, overridden = settings.plain(self.model.generation_config, kwargs)
+        draw = None
+        if seed is not None and kwargs.get("do_sample"):
+            entry = kwargs.get("input_ids")
+            rows = (entry if entry is not None else kwargs["inputs_embeds"]).shape[0]
+            names = [str(i) for i in range(rows)] if ids is None else [str(i) for i in ids]
+            if len(names) != rows:
+                raise UsageError(f"ids= names {len(names)} samples, the batch has {rows}")
+            width = 0 if self.parts.embeds or entry is None else entry.shape[1]
+            kwargs, draw = settings.seeded(kwargs, seed, names, width)
+        with encoding.once(self.model, self._encoded):
+            if self.compiled.plain:
+                result, request = self.model.generate(**{k: v for k, v in kwargs.items() if k != "visual_mask"}), None
+            else:
+                result, request = run.generate(self.parts, self.compiled, self.model.generate, kwargs, self._batcher.global_tile)
+        if draw is not None and draw.scores is not None:
+            result.scores = tuple(draw.scores)
+        self.report = report_of(self.recipe, self.parts, self.compiled, request, overridden)
+        return result
+
+    def answer(
+        self,
+        images: Any,
+        prompts: Any,
+        *,
+        max_new_tokens: int = 256,
+        seed: int | None = None,
+        ids: Sequence[str] | None = None,
+        details: bool = False,
+        **generation: Any,
+    ) -> Any:
+        """Answers questions about pictures; one in, one out, lists in, lists out.
+
+        Args:
+            images: a picture (PIL image or path), None, or a list of these; an entry may be a list of several pictures.
+            prompts: a question or a list of questions; one question for many pictures and the reverse are repeated.
+            max_new_tokens: limit of each answer.
+            seed: of sampling, see `generate`.
+            ids: names of the items, for sampling.
+            details: return `Answer` instead of text.
+            generation: further keywords of generate.
+
+        Returns:
+            str, or `Answer` with details; a list of them for lists.
+
+        Raises:
+            PictureError: a picture that cannot be read, named.
+            UsageError: lists of different lengths.
+        """
+        single = not isinstance(images, list) and isinstance(prompts, str)
+        pictures, questions = _paired(images, prompts)
+        names = [str(i) for i in range(len(questions))] if ids is None else [str(i) for i in ids]
+        if len(names) != len(questions):
+            raise UsageError(f"ids= names {len(names)} items, {len(questions)} were given")
+        out: list[Answer | None] = [None] * len(questions)
+        for batch in self._batcher.batches(pictures, questions):
+            started = time.perf_counter()
+            inputs = batch.inputs
+            chosen = [names[i] for i in batch.items]
+            tokens = self.generate(**inputs, max_new_tokens=max_new_tokens, seed=seed, ids=chosen, **generation)
+            texts = self._batcher.decode(tokens, inputs)
+            seconds = (time.perf_counter() - started) / len(batch.items)
+            for row, (i, (text, count)) in enumerate(zip(batch.items, texts, strict=True)):
+                out[i] = Answer(text, count, seconds, self.report, {"visual_tokens": self._tokens_of(row, inputs)})
+        answers = [a for a in out if a is not None]
+        final: list[Any] = list(answers) if details else [a.text for a in answers]
+        return final[0] if single else final
+
+    def _tokens_of(self, row: int, inputs: Mapping[str, Any]) -> int:
+        found = sum((inputs["input_ids"][row] == token).sum() for token in self.parts.image_ids)
+        return int(found)
+
+
+def load(
+    model: str | Path = "pico",
+    recipe: Any = "greedy",
+    *,
+    device: str | None = None,
+    dtype: Any = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    quantize: str | None = None,
+    processor_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    **from_pretrained: Any,
+) -> FixedVLM:
+    """Loads a checkpoint and wraps it.
+
+    Args:
+        model: a Hub id, a folder, or "pico" for the bundled model.
+        recipe: as in `wrap`.
+        device: "cpu", "cuda", ...; the first GPU if there is one by default.
+        dtype: "auto", "float32", "bfloat16", ...; bfloat16 on a GPU, float32 elsewhere by default.
+        device_map: spread over devices by accelerate; excludes device.
+        revision: branch, tag or commit on the Hub.
+        quantize: "4bit" or "8bit" (needs bitsandbytes).
+        processor_kwargs: settings of the processor.
+        trust_remote_code: run code that a checkpoint brings; off.
+        from_pretrained: further keywords of from_pretrained (quantization_config, max_memory, ...).
+
+    Raises:
+        UsageError: no such model, or one without a processor.
+        Refusal: not a model the recipe can act on.
+    """
+    loaded, processor = loading.load(
+        model, device, dtype, device_map, revision, quantize, dict(processor_kwargs or {}), trust_remote_code, from_pretrained
+    )
+    return FixedVLM(loaded, processor, recipe)
+
+
+def wrap(model: nn.Module, processor: Any, recipe: Any = "greedy") -> FixedVLM:
+    """Wraps a loaded model; see `FixedVLM`."""
+    return FixedVLM(model, processor, recipe)
+
+
+_APPLIED: ContextVar[tuple[_Application, ...]] = ContextVar("vlmfix_applied", default=())
+
+
+@dataclass(frozen=True, eq=False)
+class _Application:
+    parts: Parts
+    compiled: Compiled
+    recipe: Recipe
+    global_tile: int | None
+
+
+@contextlib.contextmanager
+def applied(model: nn.Module, processor: Any, recipe: Any) -> Iterator[Recipe]:
+    """Applies a recipe to a model's own `generate` and forward for as long as the context lives.
+
+    The recipe belongs to this thread or task: others see the plain model. Contexts nest, the innermost counts. A new thread starts
+    with an empty context; start it with `contextvars.copy_context().run`.
+
+    Args:
+        model: a model of AutoModelForImageTextToText.
+        processor: its processor, or None.
+        recipe: a recipe, a method, a text, or a list of these.
+
+    Yields:
+        The recipe.
+    """
+    target = bare(model)
+    chosen = Recipe.of(recipe)
+    with hooks.installed(target) as parts, _own_generate(target):
+        compiled = compile_for(parts, chosen, processor)
+        application = _Application(parts, compiled, chosen, Batcher(parts, processor).global_tile)
+        token = _APPLIED.set((*_APPLIED.get(), application))
+        try:
+            yield chosen
+        finally:
+            _APPLIED.reset(token)
+
+
+def compile_for(parts: Parts, recipe: Recipe, processor: Any = None) -> Compiled:
+    """Compiles a recipe for an installed model, with the presets of its checkpoint."""
+    config = parts.text_config
+    tokenizer = getattr(processor, "tokenizer", None)
+    facts = ModelFacts(
+        family=parts.family,
+        depth=parts.depth,
+        heads=parts.heads,
+        hidden_size=parts.hidden_size,
+        softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        prefix=MASK_KINDS.get(parts.family) == MaskKind.PREFIX,
+        sink_dims=lambda: sink_dims(parts, tokenizer),
+    )
+    return recipe.compile(facts, preset(getattr(parts.model.config, "_name_or_path", "") or ""))
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model under wrappers that only forward to it.
+
+    Raises:
+        Refusal: a compiled model, whose graph would not contain the recipe.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise Refusal("the model was compiled with torch.compile; give the model itself, before compilation")
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
+
+
+def report_of(recipe: Recipe, parts: Parts, compiled: Compiled, request: Request | None, overridden: dict[str, Any]) -> dict[str, Any]:
+    """What acted where in one run, in plain values."""
+    report: dict[str, Any] = {
+        "recipe": str(recipe),
+        "recipe_hash": recipe.hash,
+        "evidence": recipe.evidence,
+        "family": parts.family,
+        "neutral": list(compiled.dropped),
+        "overridden_generation_config": overridden,
+    }
+    if request is None:
+        return report
+    report["visual_tokens"] = request.visual_tokens
+    report["pictures"] = request.pictures
+    report["branches"] = request.copies - 1
+    report["methods"] = {
+        registry.name_of(method): {
+            "layers": sorted(request.layers_touched[i]),
+            "heads": sorted({parts.heads[x] for x in request.layers_touched[i]}),
+            "rows": request.rows_affected[i],
+            **({} if request.layers_touched[i] else {"inactive": request.why_inactive(i)}),
+        }
+        for i, method in enumerate(compiled.attention)
+    }
+    if compiled.decoding is not None:
+        report["methods"][registry.name_of(compiled.decoding)] = {"rows": request.visible, "steps": request.steps}
+    return report
+
+
+def _open(parts: Parts, kwargs: dict[str, Any]) -> Request | None:
+    """A request for a forward outside generate: that of its cache, or a new one for a new prompt."""
+    cache = kwargs.get("past_key_values")
+    state = getattr(cache, "state", None)
+    if isinstance(state, Request):
+        return state
+    application = next((a for a in reversed(_APPLIED.get()) if a.parts is parts), None)
+    if application is None or application.compiled.plain:
+        return None
+    if cache is not None and cache.get_seq_length() > 0:
+        raise UsageError("this cache was filled outside the recipe; start from an empty cache inside `applied`, or call generate")
+    request, _ = run.open_request(parts, application.compiled, kwargs, application.global_tile)
+    return request
+
+
+hooks.OPEN.append(_open)
+_WRAPPED: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _own_generate(model: Any) -> Iterator[None]:
+    """Puts a `generate` on the instance that looks up the recipe of its context; counted, the last leaver removes it."""
+    with hooks.LOCK:
+        count = _WRAPPED.setdefault(model, [0])
+        if count[0] == 0:
+            model.generate = _Generate(model)
+        count[0] += 1
+    try:
+        yield
+    finally:
+        with hooks.LOCK:
+            count[0] -= 1
+            if count[0] == 0:
+                del model.generate
+                del _WRAPPED[model]
+
+
+class _Generate:
+    """An instance's generate under `applied`."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        plain = type(model).generate.__get__(model)
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+        applications = [a for a in _APPLIED.get() if a.parts.model is model]
+        if not applications:
+            hooks.warn_once(
+                "generate was called in a thread or task without the recipe applied elsewhere and runs plain; start the thread with "
+                "contextvars.copy_context().run to take the recipe along"
+            )
+            return plain(**kwargs)
+        current = applications[-1]
+        if current.compiled.plain:
+            return plain(**kwargs)
+        return run.generate(current.parts, current.compiled, plain, kwargs, current.global_tile)[0]
+
+
+def _paired(images: Any, prompts: Any) -> tuple[list[Any], list[str]]:
+    questions = [prompts] if isinstance(prompts, str) else list(prompts)
+    pictures = list(images) if isinstance(images, list) else [images]
+    if len(pictures) == 1 and len(questions) > 1:
+        pictures = pictures * len(questions)
+    if len(questions) == 1 and len(pictures) > 1:
+        questions = questions * len(pictures)
+    if len(pictures) != len(questions):
+        raise UsageError(f"{len(pictures)} pictures and {len(questions)} prompts: give equal numbers, or one of either")
+    return pictures, questions
+
+

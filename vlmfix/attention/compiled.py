@@ -1,0 +1,44 @@
+"""A recipe compiled for one model: the only thing the engine's state reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from vlmfix.method import AttentionMethod, DecodingMethod, ModelFacts
+from vlmfix.view import View
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What acts, where, in which order; decided once and nowhere else.
+
+    Args:
+        attention: attention methods in the order of the recipe.
+        layers: per attention method, the layers it acts on.
+        decoding: the method that rewrites logits, if any.
+        facts: the model it was compiled for.
+        dropped: names of neutral methods that were left out.
+    """
+
+    attention: tuple[AttentionMethod, ...]
+    layers: tuple[frozenset[int], ...]
+    decoding: DecodingMethod | None
+    facts: ModelFacts
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing acts, so that the model runs untouched."""
+        return not self.attention and self.decoding is None
+
+    @cached_property
+    def views(self) -> tuple[View, ...]:
+        """One view per branch."""
+        return () if self.decoding is None else self.decoding.branches()
+
+    @cached_property
+    def reading_layers(self) -> frozenset[int]:
+        """Layers whose residual stream some method reads in prefill."""
+        reading = (layers for method, layers in zip(self.attention, self.layers, strict=True) if method.reads_hidden)
+        return frozenset().union(*reading)

@@ -1,0 +1,58 @@
+"""One call of transformers' generate under a compiled recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vlmfix.attention.compiled import Compiled
+from vlmfix.attention.request import Request
+from vlmfix.hf import settings
+from vlmfix.hf.branching import join
+from vlmfix.hf.hooks import serving
+from vlmfix.hf.inputs import TOKEN_KEYS, Prompt, read
+from vlmfix.hf.parts import Parts
+
+
+def open_request(parts: Parts, compiled: Compiled, inputs: dict[str, Any], global_tile: int | None = None) -> tuple[Request, Prompt]:
+    """Reads the inputs of a generation and makes its state."""
+    prompt = read(parts, inputs, inputs.get("visual_mask"), global_tile)
+    joint = join(parts, prompt, compiled.views) if compiled.views else None
+    return Request(parts, compiled, prompt.layout, joint), prompt
+
+
+def generate(
+    parts: Parts, compiled: Compiled, call: Callable[..., Any], kwargs: dict[str, Any], global_tile: int | None = None
+) -> tuple[Any, Request]:
+    """Runs generate so that the caller sees only visible rows and transformers' own result.
+
+    Args:
+        parts: the model, installed.
+        compiled: a recipe that is not plain.
+        call: the model's generate.
+        kwargs: its keywords; `visual_mask` [B, K] tells where pictures stand when inputs_embeds are given.
+        global_tile: see `hf.inputs.read`.
+
+    Returns:
+        generate's result and the request, for the run report.
+    """
+    settings.refuse(kwargs, branches=bool(compiled.views))
+    request, prompt = open_request(parts, compiled, kwargs, global_tile)
+    kwargs = {k: v for k, v in kwargs.items() if k != "visual_mask"}
+    if request.joint is not None:
+        kwargs = _hidden_branches(request, prompt, kwargs)
+    with serving(request):
+        return call(**kwargs), request
+
+
+def _hidden_branches(request: Request, prompt: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keeps pictures away from generate, which would encode and repeat them: the joint prefill brings them itself."""
+    if not request.parts.embeds:
+        dropped = {*prompt.pictures, *TOKEN_KEYS} - {"attention_mask"}
+        kwargs = {k: v for k, v in kwargs.items() if k not in dropped}
+    if kwargs.get("use_cache") is False:
+        return kwargs
+    static = kwargs.pop("cache_implementation", None) == "static"
+    new = kwargs.get("max_new_tokens") or (kwargs.get("max_length") or 20 + prompt.layout.length) - prompt.layout.length
+    length = prompt.layout.length + new + request.extra_length if static else None
+    return {**kwargs, "past_key_values": request.cache(length)}

@@ -1,0 +1,25 @@
+"""What contrastive decoding methods share: the plausible set and the weighted difference."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def plausible(logits: Tensor, beta: float) -> Tensor:
+    """[B, V] True where p_v >= beta * max p, on the visible rows' raw logits; everything for beta = 0."""
+    if beta == 0:
+        return torch.ones_like(logits, dtype=torch.bool)
+    return logits >= logits.amax(-1, keepdim=True) + math.log(beta)
+
+
+def contrast(logits: Tensor, branch: Tensor, weight: float) -> Tensor:
+    """s = (1 + w) x - w y."""
+    return (1 + weight) * logits - weight * branch
+
+
+def keep(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Scores with -inf outside the allowed set."""
+    return scores.masked_fill(~allowed, float("-inf"))

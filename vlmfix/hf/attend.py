@@ -1,0 +1,99 @@
+"""The registered attention function: the model's own attention, except on rows that a plan changes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from vlmfix.kernels.grouped_attention import CHUNK, grouped_attention
+from vlmfix.plan import Plan
+
+STATE = "vlmfix"
+"""Keyword under which the decoder's pre-hook hands the request to the attention function."""
+
+NAMES = {"sdpa": "vlmfix", "eager": "vlmfix_math"}
+"""Original attention implementation -> ours, which delegates to it and builds the same masks."""
+
+
+class Request(Protocol):
+    """What the attention function asks of the state of one generation."""
+
+    q_pos: Tensor
+    past: int
+
+    def visit(self, layer: int, query: Tensor, key: Tensor) -> tuple[tuple[Plan, ...], int]:
+        """Plans of a layer and the first query position any of them changes."""
+        ...
+
+    def finish(self, layer: int, out: Tensor) -> Tensor:
+        """Last word on the layer's output [B, Q, H, D] (head rules)."""
+        ...
+
+
+def register() -> None:
+    """Registers attention and mask functions under our names; called at installation, never at import."""
+    AttentionInterface.register(NAMES["sdpa"], _attend_sdpa)
+    AttentionMaskInterface.register(NAMES["sdpa"], sdpa_mask)
+    AttentionInterface.register(NAMES["eager"], _attend_eager)
+    AttentionMaskInterface.register(NAMES["eager"], eager_mask)
+
+
+def _attend_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any) -> Any:
+    return _attend(ALL_ATTENTION_FUNCTIONS["sdpa"], module, query, key, value, attention_mask, kw)
+
+
+def _attend_eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any) -> Any:
+    original = sys.modules[type(module).__module__].eager_attention_forward
+    return _attend(original, module, query, key, value, attention_mask, kw)
+
+
+def _attend(
+    original: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kw: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    request: Request | None = kw.pop(STATE, None)
+    layer = getattr(module, "layer_idx", None)
+    if request is None or layer is None:
+        return original(module, query, key, value, mask, **kw)  # type: ignore[no-any-return]
+    plans, first = request.visit(layer, query, key)
+    start = max(first - request.past, 0)
+    if not plans or start >= query.shape[2]:
+        out, weights = original(module, query, key, value, mask, **kw)
+        return request.finish(layer, out), weights
+    parts: list[Tensor] = []
+    if start:
+        parts.append(original(module, query, key, value, mask, **kw)[0][:, :start])
+    scale = kw.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    causal = kw.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    k_pos = _key_positions(request.q_pos, key.shape[2])
+    for a in range(start, query.shape[2], CHUNK):
+        rows = slice(a, a + CHUNK)
+        part_mask = None if mask is None else mask[:, :, rows, : key.shape[2]]
+        out = grouped_attention(
+            query[:, :, rows],
+            key,
+            value,
+            plans,
+            part_mask,
+            scale,
+            request.q_pos[rows],
+            k_pos,
+            softcap=kw.get("softcap"),
+            sinks=kw.get("s_aux"),
+            causal=causal,
+        )
+        parts.append(out.transpose(1, 2))
+    out = torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()
+    return request.finish(layer, out), None
+
+
+def _key_positions(q_pos: Tensor, keys: int) -> Tensor:
+    """[K] slots of the keys: the last K of the sequence, or 0.. where the cache is still longer than the sequence."""
+    offset = (q_pos[-1] + 1 - keys).clamp(min=0)
+    return offset + torch.arange(keys, device=q_pos.device)

@@ -1,0 +1,99 @@
+"""From pictures and questions to batches of model inputs, and from tokens to text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfix import pictures as reading
+from vlmfix.errors import UsageError
+from vlmfix.hf.parts import Parts
+from vlmfix.hf.processors import render, tokenizer_of
+
+GLOBAL_TILE = ("<global-img>",)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items that run together.
+
+    Args:
+        items: their indices in the caller's lists.
+        inputs: what the processor returned.
+    """
+
+    items: list[int]
+    inputs: dict[str, Any]
+
+
+class Batcher:
+    """Prepares inputs for one model.
+
+    Args:
+        parts: the model.
+        processor: its processor, or None where only ready inputs will come.
+    """
+
+    def __init__(self, parts: Parts, processor: Any) -> None:
+        self.parts = parts
+        self.processor = processor
+        self.global_tile = self._global_tile()
+
+    def batches(self, pictures: Sequence[Any], questions: Sequence[str]) -> Iterator[Batch]:
+        """One batch per number of pictures a row has."""
+        rows = [_opened(entry) for entry in pictures]
+        for count in sorted({len(row) for row in rows}):
+            items = [i for i, row in enumerate(rows) if len(row) == count]
+            yield Batch(items, self.inputs([rows[i] for i in items], [questions[i] for i in items]))
+
+    def inputs(self, rows: Sequence[Sequence[Any]], questions: Sequence[str]) -> dict[str, Any]:
+        """Runs the processor on rows with equal numbers of pictures."""
+        if self.processor is None:
+            raise UsageError("answer needs the processor; give it to wrap(model, processor, ...)")
+        count = len(rows[0])
+        texts = [render(self.processor, question, count) for question in questions]
+        tokenizer = tokenizer_of(self.processor)
+        tokenizer.padding_side = "left"
+        kwargs: dict[str, Any] = {"images": [list(row) for row in rows]} if count else {}
+        batch = self.processor(text=texts, padding=True, return_tensors="pt", **kwargs)
+        floating = self.parts.model.dtype
+        moved = {}
+        for key, value in batch.items():
+            if isinstance(value, Tensor):
+                value = value.to(self.parts.device)
+                value = value.to(floating) if value.is_floating_point() else value
+            moved[key] = value
+        return moved
+
+    def decode(self, result: Any, inputs: dict[str, Any]) -> list[tuple[str, int]]:
+        """Texts and numbers of generated tokens, the end token included."""
+        sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
+        prompt = inputs["input_ids"].shape[1]
+        same = sequences.shape[1] >= prompt and torch.equal(sequences[: len(inputs["input_ids"]), :prompt], inputs["input_ids"])
+        new = sequences[:, prompt:] if same else sequences
+        tokenizer = tokenizer_of(self.processor)
+        end = self.parts.model.generation_config.eos_token_id
+        ends = set(end if isinstance(end, list) else [end])
+        out = []
+        for row in new.tolist():
+            stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+            out.append((tokenizer.decode(row[:stop], skip_special_tokens=True).strip(), stop))
+        return out
+
+    def _global_tile(self) -> int | None:
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        if tokenizer is None:
+            return None
+        vocabulary = tokenizer.get_vocab()
+        return next((vocabulary[token] for token in GLOBAL_TILE if token in vocabulary), None)
+
+
+def _opened(entry: Any) -> list[Any]:
+    if entry is None:
+        return []
+    entries = entry if isinstance(entry, list | tuple) else [entry]
+    return [reading.load(e) if isinstance(e, str) or hasattr(e, "__fspath__") else reading.rgb(e) for e in entries]

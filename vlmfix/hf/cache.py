@@ -1,0 +1,60 @@
+"""Caches whose rows include branches, and that carry the state of their generation."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache, StaticCache
+
+
+class Rows(Protocol):
+    """Per-row state that must follow the rows of a cache."""
+
+    def take(self, rows: torch.Tensor) -> None:
+        """Keeps the given rows, repeats allowed."""
+        ...
+
+
+class BranchRows:
+    """Mixin: callers reorder visible rows, the cache moves the branch rows and the request's state with them.
+
+    Rows stand as [visible, branch 1, branch 2, ...], each block in the caller's order.
+    """
+
+    copies: int = 1
+    state: Rows | None = None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Moves every block of rows by the same beam index [visible rows]."""
+        beams = len(beam_idx)
+        self._take(torch.cat([beam_idx + i * beams for i in range(self.copies)]))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row; blocks stay blocks."""
+        self._take(torch.arange(self._rows()).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps some visible rows and their branches."""
+        rows = self._rows() // self.copies
+        self._take(torch.cat([indices + i * rows for i in range(self.copies)]))
+
+    def repeat(self, repeats: int, rows: int, device: Any) -> None:
+        """Repeats each of `rows` rows, the request's state excepted (it repeats itself)."""
+        super().reorder_cache(torch.arange(rows, device=device).repeat_interleave(repeats))  # type: ignore[misc]
+
+    def _rows(self) -> int:
+        return next(layer.keys.shape[0] for layer in self.layers if getattr(layer, "keys", None) is not None)  # type: ignore[attr-defined, no-any-return]
+
+    def _take(self, rows: torch.Tensor) -> None:
+        super().reorder_cache(rows)  # type: ignore[misc]
+        if self.state is not None:
+            self.state.take(rows)
+
+
+class BranchCache(BranchRows, DynamicCache):
+    """Growing cache with branch rows."""
+
+
+class StaticBranchCache(BranchRows, StaticCache):
+    """Fixed-size cache with branch rows."""

@@ -1,0 +1,93 @@
+"""Pictures asked about again are not encoded again."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import threading
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Memory:
+    """The last batch of encoded pictures: content of the encoder's inputs, and what it returned."""
+
+    key: str = ""
+    value: Any = None
+
+
+_MEMORY: ContextVar[Memory | None] = ContextVar("vlmfix_encoded", default=None)
+_LOCK = threading.RLock()
+_USERS: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def once(model: Any, memory: Memory) -> Iterator[None]:
+    """Within the context, this thread's forwards reuse the encoding of pictures equal to the last ones.
+
+    Args:
+        model: the model; nothing happens for families without `get_image_features`.
+        memory: kept by the caller from one generation to the next.
+    """
+    owner = next((m for m in (getattr(model, "model", None), model) if hasattr(m, "get_image_features")), None)
+    if owner is None or model.training:
+        yield
+        return
+    token = _MEMORY.set(memory)
+    _enter(owner)
+    try:
+        yield
+    finally:
+        _leave(owner)
+        _MEMORY.reset(token)
+
+
+def _enter(owner: Any) -> None:
+    with _LOCK:
+        users = _USERS.setdefault(owner, [0])
+        if users[0] == 0:
+            owner.get_image_features = _remembering(type(owner).get_image_features, weakref.ref(owner))
+        users[0] += 1
+
+
+def _leave(owner: Any) -> None:
+    with _LOCK:
+        _USERS[owner][0] -= 1
+        if _USERS[owner][0] == 0:
+            del owner.get_image_features
+            del _USERS[owner]
+
+
+def _remembering(original: Any, owner: Any) -> Any:
+    @functools.wraps(original.__get__(owner()))
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        memory = _MEMORY.get()
+        if memory is None:
+            return original(owner(), *args, **kwargs)
+        key = _content(args, kwargs)
+        if memory.key != key:
+            memory.value = original(owner(), *args, **kwargs)
+            memory.key = key
+        return memory.value
+
+    return encode
+
+
+def _content(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name, value in (*enumerate(args), *sorted(kwargs.items())):
+        digest.update(str(name).encode())
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(part, Tensor):
+                digest.update(str((part.shape, part.dtype)).encode())
+                digest.update(part.detach().float().cpu().contiguous().numpy().tobytes())
+            else:
+                digest.update(repr(part).encode())
+    return digest.hexdigest()

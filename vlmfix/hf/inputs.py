@@ -1,0 +1,243 @@
+"""From what a processor returned to a layout, and to a prompt that can be edited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfix.errors import Refusal, UsageError
+from vlmfix.hf.parts import Parts
+from vlmfix.layout import Layout, MaskKind
+from vlmfix.view import RowText, View
+
+TOKEN_KEYS = ("attention_mask", "token_type_ids", "mm_token_type_ids", "image_embeds_position_mask", "position_ids")
+"""Inputs with one entry per prompt token."""
+
+NOT_PICTURES = ("bos_token_id", "eos_token_id", "pad_token_id", "negative_prompt_ids", "negative_prompt_attention_mask")
+
+NEEDS_TYPES = {
+    "paligemma": "token_type_ids",
+    "gemma3": "token_type_ids",
+    "molmo2": "mm_token_type_ids",
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm4v_moe"),
+        "mm_token_type_ids",
+    ),
+}
+"""Families that silently read a prompt with pictures as plain text when these types are missing."""
+
+MASK_KINDS = {
+    "paligemma": MaskKind.PREFIX,
+    "gemma3": MaskKind.IMAGE_BLOCKS,
+    "molmo2": MaskKind.IMAGE_BLOCKS,
+    "llama4": MaskKind.CHUNK,
+    "aya_vision": MaskKind.WINDOW,
+    "cohere2_vision": MaskKind.WINDOW,
+    "gemma4": MaskKind.WINDOW,
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The caller's model inputs, sorted.
+
+    Args:
+        ids: [B, K] token ids; absent for a prompt of embeddings.
+        embeds: [B, K, width] embeddings; absent for a prompt of ids.
+        tokens: per-token inputs [B, K], the attention mask among them.
+        pictures: everything else the processor returned (pixels, grids, sizes, masks, Q-Former text).
+        layout: what stands where.
+    """
+
+    ids: Tensor | None
+    embeds: Tensor | None
+    tokens: dict[str, Tensor]
+    pictures: dict[str, Any]
+    layout: Layout
+
+
+def read(parts: Parts, inputs: Mapping[str, Any], visual_mask: Tensor | None = None, global_tile: int | None = None) -> Prompt:
+    """Sorts model inputs and finds the layout.
+
+    Args:
+        parts: the model.
+        inputs: keywords of `generate` or `forward`; generation settings are ignored.
+        visual_mask: [B, K] bool visual positions; required with `inputs_embeds`, where the ids are lost.
+        global_tile: id of the token before a picture's last tile, where a family has one.
+
+    Raises:
+        UsageError: no ids and no mask, or an input that the family needs is missing.
+    """
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if ids is None and embeds is None:
+        raise UsageError("neither input_ids nor inputs_embeds was given; pass everything the processor returned")
+    shape = ids.shape[:2] if ids is not None else embeds.shape[:2]  # type: ignore[union-attr]
+    tokens = {k: v for k in TOKEN_KEYS if isinstance(v := inputs.get(k), Tensor) and v.shape[-2:] == shape}
+    pictures = {k: v for k, v in inputs.items() if _is_picture(k, v) and k not in tokens}
+    if visual_mask is None:
+        visual_mask = _visual(parts, ids, inputs)
+    missing = NEEDS_TYPES.get(parts.family)
+    if missing and ids is not None and missing not in tokens and bool(visual_mask.any()):
+        raise UsageError(
+            f"{parts.family} reads a prompt with pictures as plain text when {missing} is missing; pass everything the processor "
+            f"returned (ask it with return_mm_token_type_ids=True)"
+        )
+    valid = tokens.get("attention_mask")
+    images = _image_index(parts, ids, visual_mask, pictures, global_tile)
+    layout = Layout.of(visual_mask, valid, images, MASK_KINDS.get(parts.family, MaskKind.CAUSAL))
+    return Prompt(ids, embeds, tokens, pictures, layout)
+
+
+def _is_picture(key: str, value: Any) -> bool:
+    if key in TOKEN_KEYS or key in NOT_PICTURES or key in ("input_ids", "inputs_embeds", "labels"):
+        return False
+    tensors = isinstance(value, Tensor) or (isinstance(value, list) and bool(value) and isinstance(value[0], Tensor))
+    return tensors or key == "mm_encoder_outputs"
+
+
+def _visual(parts: Parts, ids: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
+    if isinstance(mask := inputs.get("image_embeds_position_mask"), Tensor):
+        return mask.bool()
+    if ids is None:
+        raise UsageError("inputs_embeds hide where the pictures are; give visual_mask=[B, K] bool as well")
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for token in parts.image_ids:
+        found |= ids == token
+    return found
+
+
+def _image_index(
+    parts: Parts, ids: Tensor | None, visual: Tensor, pictures: Mapping[str, Any], global_tile: int | None
+) -> Tensor | None:
+    """[B, K] picture of each visual token; None where one contiguous run is one picture."""
+    counts = _tokens_per_picture(parts, pictures)
+    if counts is not None and int(counts.sum()) == int(visual.sum()):
+        index = torch.full(visual.shape, -1, dtype=torch.long, device=visual.device)
+        index[visual] = torch.repeat_interleave(torch.arange(len(counts)), counts.cpu()).to(visual.device)
+        first = torch.where(visual, index, 2**20).amin(1, keepdim=True)
+        return index - first
+    if global_tile is not None and ids is not None:
+        before = torch.nn.functional.pad(ids == global_tile, (1, 0))[:, :-1]
+        closed = (before & visual).cumsum(1)  # runs that end a picture, up to and including this one
+        ends_here = _run_has(visual, before & visual)
+        return torch.where(ends_here, closed - 1, closed)
+    return None
+
+
+def _run_has(visual: Tensor, mark: Tensor) -> Tensor:
+    """[B, K] True on the whole contiguous run whose first token is marked."""
+    starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+    run = starts.cumsum(1)
+    marked = torch.zeros(visual.shape[0], int(run.max()) + 1 if visual.numel() else 1, dtype=torch.bool, device=visual.device)
+    rows, cols = mark.nonzero(as_tuple=True)
+    marked[rows, run[rows, cols]] = True
+    return visual & marked.gather(1, run)
+
+
+def _tokens_per_picture(parts: Parts, pictures: Mapping[str, Any]) -> Tensor | None:
+    vision = getattr(parts.model.config, "vision_config", None)
+    grid = pictures.get("image_grid_thw")
+    if isinstance(grid, Tensor):
+        merge = getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None) or 2
+        return grid.prod(-1) // merge**2
+    sizes = pictures.get("image_sizes")
+    merge = getattr(parts.model.config, "spatial_merge_size", None)
+    if isinstance(sizes, Tensor) and isinstance(merge, int):
+        return (sizes // (vision.patch_size * merge)).prod(-1)
+    return None
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A branch's prompt: rows of ids with the position each came from (-1 for inserted ones)."""
+
+    ids: list[list[int]]
+    source: list[list[int]]
+
+
+def edit(parts: Parts, prompt: Prompt, view: View) -> Edited:
+    """Applies a view to the text of every row."""
+    assert prompt.ids is not None
+    structure = set(parts.structure_ids)
+    rows: Edited = Edited([], [])
+    for ids, kinds, valid in zip(
+        prompt.ids.tolist(), prompt.layout.kinds.tolist(), prompt.layout.valid.tolist(), strict=True
+    ):
+        places = [i for i, ok in enumerate(valid) if ok]
+        row = RowText([ids[i] for i in places], [kinds[i] for i in places], [ids[i] in structure for i in places])
+        steps = view.text(row)
+        rows.ids.append([step[0] if isinstance(step, tuple) else row.ids[step] for step in steps])
+        rows.source.append([-1 if isinstance(step, tuple) else places[step] for step in steps])
+    return rows
+
+
+def gather(values: Tensor, source: list[list[int]], length: int, fill: int = 0) -> Tensor:
+    """Per-token values of edited rows, left-padded: [B, K] -> [B, length]; inserted tokens get `fill`."""
+    out = values.new_full((len(source), length), fill)
+    for i, row in enumerate(source):
+        if row:
+            index = torch.tensor(row, device=values.device)
+            picked = torch.where(index >= 0, values[i, index.clamp(min=0)], fill)
+            out[i, length - len(row) :] = picked
+    return out
+
+
+def change_pixels(parts: Parts, prompt: Prompt, view: View) -> dict[str, Any]:
+    """The prompt's picture inputs with every picture's pixels changed by the view."""
+    if not view.keeps_pictures():
+        return {}
+    pictures = dict(prompt.pictures)
+    for key in ("pixel_values", "image_patches"):
+        pixels = pictures.get(key)
+        if isinstance(pixels, Tensor):
+            pixels = pixels.clone()
+            for piece, index in pieces(prompt.layout, pixels):
+                piece.copy_(_per_tile(parts, view, piece, index))
+            pictures[key] = pixels
+        elif pixels is not None:
+            raise Refusal(f"{parts.family}: pictures come as a list of tensors, which views cannot change yet")
+    if "mm_encoder_outputs" in pictures:
+        raise Refusal("pictures were encoded before generate (mm_encoder_outputs); pass the processor's pixel_values instead")
+    return pictures
+
+
+def _per_tile(parts: Parts, view: View, piece: Tensor, index: int) -> Tensor:
+    """One picture through a view: tiles of zeros are padding and stay; patches of a still repeat one frame."""
+    if piece.dim() == 2:
+        vision = parts.model.config.vision_config
+        frames = getattr(vision, "temporal_patch_size", 1)
+        channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
+        patches = piece.view(piece.shape[0], channels, frames, -1)
+        return view.pixels(patches[:, :, 0], index)[:, :, None].expand_as(patches).reshape(piece.shape)
+    real = piece.flatten(1).any(1)
+    out = piece.clone()
+    out[real] = view.pixels(piece[real], index)
+    return out
+
+
+def pieces(layout: Layout, pixels: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Views of a pixel tensor, one per picture, [tiles or patches, ...], with the picture's index within its row.
+
+    The first axis counts pictures, rows, or tiles and patches of all pictures in order; which one follows from its length.
+    """
+    per_row = layout.n_images.tolist()
+    order = [i for n in per_row for i in range(n)]
+    if pixels.dim() == 5 and pixels.shape[0] in (len(order), layout.rows):
+        for i, whole in enumerate(pixels):
+            yield whole, order[i] if pixels.shape[0] == len(order) else 0
+    elif pixels.shape[0] == len(order):
+        for i, index in enumerate(order):
+            yield pixels[i : i + 1], index
+    else:
+        tokens = [int((layout.images[b] == i).sum()) for b, n in enumerate(per_row) for i in range(n)]
+        total, start = sum(tokens), 0
+        for count, index in zip(tokens, order, strict=True):
+            share = pixels.shape[0] * count
+            if share % total:
+                raise Refusal(f"{pixels.shape[0]} picture rows do not divide over pictures of {tokens} visual tokens")
+            yield pixels[start : start + share // total], index
+            start += share // total

@@ -1,0 +1,131 @@
+"""Generation settings: greedy means greedy, and what cannot run is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from vlmfix.errors import Refusal, UsageError
+from vlmfix.hf.draw import SeededDraw
+
+NEUTRAL: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": None,
+    "prompt_lookup_num_tokens": None,
+}
+"""Settings that change which token is chosen, at the values that change nothing."""
+
+REFUSED = {
+    "assistant_model": "assisted decoding verifies several tokens at once, which a mitigated step does not define",
+    "prompt_lookup_num_tokens": "prompt-lookup decoding verifies several tokens at once, which a mitigated step does not define",
+    "custom_generate": "a custom decoding loop may not call the model as generate does",
+    "guidance_scale": "classifier-free guidance runs its own second forward; use a contrastive method instead",
+    "penalty_alpha": "contrastive search runs its own forwards over candidates",
+}
+
+
+def plain(config: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fills in neutral settings wherever a checkpoint brings its own and the caller said nothing.
+
+    Args:
+        config: the checkpoint's generation_config.
+        kwargs: the caller's keywords of `generate`; an explicit generation_config counts as the caller's word.
+
+    Returns:
+        Keywords with the fillings, and what was overridden: name -> the checkpoint's value.
+    """
+    if kwargs.get("generation_config") is not None:
+        return kwargs, {}
+    filled, overridden = dict(kwargs), {}
+    sampling = bool(kwargs.get("do_sample"))
+    for name, neutral in NEUTRAL.items():
+        if name in kwargs:
+            continue
+        value = getattr(config, name, None)
+        if name == "top_k" and sampling:
+            neutral = 0
+        if value is not None and value != neutral:
+            filled[name] = neutral
+            overridden[name] = value
+        elif name == "top_k" and sampling:
+            filled[name] = 0
+    return filled, overridden
+
+
+def refuse(kwargs: dict[str, Any], branches: bool) -> None:
+    """Refuses ways of decoding that a recipe cannot follow.
+
+    Raises:
+        Refusal: names the setting and the reason.
+    """
+    for name, reason in REFUSED.items():
+        if kwargs.get(name):
+            raise Refusal(f"{name}: {reason}")
+    if kwargs.get("cache_implementation") == "paged":
+        raise Refusal("continuous batching schedules rows by itself; run batches with vlm.generate instead")
+    if "pixel_values_videos" in kwargs and kwargs["pixel_values_videos"] is not None:
+        raise Refusal("videos: only pictures are supported; give frames as pictures")
+    if branches and kwargs.get("past_key_values") is not None:
+        raise Refusal("a contrastive method needs its own cache for its branches; do not pass past_key_values")
+    if branches and kwargs.get("prefill_chunk_size"):
+        raise Refusal("a contrastive method prefills visible and branch rows together; leave prefill_chunk_size unset")
+    if branches and kwargs.get("cache_implementation") not in (None, "dynamic", "static"):
+        raise Refusal(f"cache_implementation={kwargs['cache_implementation']!r}: contrastive methods run with 'dynamic' or 'static'")
+
+
+def seeded(kwargs: dict[str, Any], seed: int, items: Sequence[str], prompt_length: int) -> tuple[dict[str, Any], SeededDraw]:
+    """Moves the draw of a sampling run into `SeededDraw`.
+
+    Args:
+        kwargs: keywords of `generate`; temperature, top_k, top_p and min_p are taken over.
+        seed: of the run.
+        items: name of each sample.
+        prompt_length: K.
+
+    Raises:
+        UsageError: beams, where a draw per row has no meaning.
+    """
+    if kwargs.get("num_beams", 1) > 1:
+        raise UsageError("seed= draws one token per row and does not go with num_beams > 1; leave one of them out")
+    warpers = LogitsProcessorList()
+    if (temperature := kwargs.get("temperature", 1.0)) not in (None, 1.0):
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k := kwargs.get("top_k"):
+        warpers.append(TopKLogitsWarper(top_k))
+    if (top_p := kwargs.get("top_p")) is not None and top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p := kwargs.get("min_p"):
+        warpers.append(MinPLogitsWarper(min_p))
+    repeats = kwargs.get("num_return_sequences") or 1
+    draw = SeededDraw(seed, items, repeats, prompt_length, warpers, bool(kwargs.get("output_scores")))
+    processors = LogitsProcessorList([*(kwargs.get("logits_processor") or []), draw])
+    return {**kwargs, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "logits_processor": processors}, draw

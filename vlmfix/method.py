@@ -1,0 +1,191 @@
+"""What a method is: a frozen dataclass of hyper-parameters that answers a few small questions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from vlmfix.errors import Refusal, UsageError
+from vlmfix.layout import Layout
+from vlmfix.plan import Plan
+from vlmfix.view import View
+
+LayerSpec = tuple[float, ...]
+"""Two fractions of depth (from, to), or exact layer indices as integers."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a method may know about a model when a recipe is compiled.
+
+    Args:
+        family: transformers' model_type.
+        depth: L, decoder layers.
+        heads: layer -> H; layers without attention are absent.
+        hidden_size: width of the residual stream.
+        softcap: whether attention scores are soft-capped.
+        prefix: whether prompt rows see text after them (no causal mask in prefill).
+        sink_dims: finds the massive-activation dimensions of the residual stream, on demand.
+    """
+
+    family: str
+    depth: int
+    heads: dict[int, int]
+    hidden_size: int
+    softcap: bool = False
+    prefix: bool = False
+    sink_dims: Any = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """One layer of one generation's prefill, as a method sees it.
+
+    Args:
+        layer: layer index.
+        layout: the prompt, branch rows included.
+        heads: H of the layer.
+        hidden: [B, Q, width] residual stream entering the layer, for methods that read it.
+        past: position of the first row of `hidden` (more than 0 in a chunked prefill).
+        memory: the method's own notes on this layer; tensors with B rows follow beams.
+        facts: the model.
+    """
+
+    layer: int
+    layout: Layout
+    heads: int
+    hidden: Tensor | None
+    past: int
+    memory: dict[str, Tensor]
+    facts: ModelFacts
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods. Subclasses are frozen dataclasses; every field is a hyper-parameter with a default."""
+
+    kind: ClassVar[str] = ""
+
+    def neutral(self) -> bool:
+        """Whether these settings change nothing, so that the method is dropped when the recipe is compiled."""
+        return False
+
+    def resolve(self, facts: ModelFacts) -> Method:
+        """These settings with everything that depends on the model filled in.
+
+        Raises:
+            Refusal: the model lacks something the method needs.
+        """
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Hyper-parameters by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Greedy(Method):
+    """Plain decoding: no method at all, the reference of every comparison."""
+
+    kind: ClassVar[str] = "plain"
+
+    def neutral(self) -> bool:
+        """Always."""
+        return True
+
+
+@dataclass(frozen=True)
+class AttentionMethod(Method):
+    """A method that asks for plans.
+
+    Args:
+        on: rows it acts on: "visible", or "all" (branch rows too).
+    """
+
+    kind: ClassVar[str] = "attention"
+    reads_hidden: ClassVar[bool] = False
+    needs_picture: ClassVar[bool] = True
+    scales_scores: ClassVar[bool] = False
+
+    on: Literal["visible", "all"] = field(default="visible", kw_only=True)
+
+    def resolve(self, facts: ModelFacts) -> Method:
+        """Refuses models whose attention makes the method meaningless."""
+        if self.on not in ("visible", "all"):
+            raise UsageError(f"on={self.on!r}: give 'visible' or 'all'")
+        if self.scales_scores and facts.softcap:
+            raise Refusal(
+                f"{type(self).__name__.lower()} changes attention scores, which {facts.family} soft-caps; the method has no meaning there"
+            )
+        return self
+
+    def acts_on(self, depth: int) -> tuple[int, ...]:
+        """Layers the method acts on, out of `depth`."""
+        raise NotImplementedError
+
+    def plan(self, context: LayerContext) -> Plan | None:
+        """What the method asks of one layer; None to leave it alone."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DecodingMethod(Method):
+    """A method that rewrites the logits of each step, usually against branches."""
+
+    kind: ClassVar[str] = "decoding"
+
+    def branches(self) -> tuple[View, ...]:
+        """One view per branch; none when the weight is zero for the whole run."""
+        return ()
+
+    def scores(self, logits: Tensor, branches: tuple[Tensor, ...], step: int) -> Tensor:
+        """Scores of the next token.
+
+        Args:
+            logits: [B, V] float32 raw logits of the visible rows.
+            branches: per branch [B, V] float32.
+            step: 1 for the first generated token.
+
+        Returns:
+            [B, V] float32, -inf where a token is ruled out.
+        """
+        raise NotImplementedError
+
+
+def resolve_layers(spec: LayerSpec, depth: int) -> tuple[int, ...]:
+    """Layer indices of a specification.
+
+    Args:
+        spec: two fractions of depth, `from <= l / depth < to`, or exact indices as integers (negative from the end).
+        depth: L.
+
+    Raises:
+        UsageError: an index outside the model, or fractions that select nothing.
+    """
+    if spec and all(isinstance(x, int) for x in spec):
+        layers = tuple(sorted({int(x) + depth if x < 0 else int(x) for x in spec}))
+        bad = [x for x in layers if not 0 <= x < depth]
+        if bad:
+            raise UsageError(f"layers={spec}: {bad} outside the model's layers 0..{depth - 1}")
+        return layers
+    if len(spec) != 2 or not 0 <= spec[0] < spec[1] <= 1:
+        raise UsageError(f"layers={spec}: give two fractions of depth with 0 <= from < to <= 1, or exact layer indices")
+    first, last = (math.floor(x * depth + 0.5) for x in spec)
+    layers = tuple(range(first, max(last, first + 1)))
+    return tuple(x for x in layers if x < depth)
+
+
+def check_range(method: Method, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raises UsageError unless the hyper-parameter lies in [low, high] (or (low, high])."""
+    value = getattr(method, name)
+    ok = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and not (open_low and value == low)
+    )
+    if not ok:
+        raise UsageError(f"{type(method).__name__.lower()}({name}={value!r}): give a number from {low} to {high}")
