@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,11 +10,11 @@ import numpy as np
 
 from ..errors import UsageError
 from .base import Item, Score, ratio
+from .benchmarks.text import METRICS, quality
 
 Record = Mapping[str, Any]
 TEXT = ("length", "rep_4", "distinct_4", "empty")
 COST = ("ms_per_token", "prefill_ms", "extra_rows", "peak_mib")
-_WORD = re.compile(r"[a-z0-9']+")
 
 
 def text_score(items: Sequence[Item], records: Mapping[str, Record]) -> Score:
@@ -29,24 +28,15 @@ def text_score(items: Sequence[Item], records: Mapping[str, Record]) -> Score:
         items: the items; those without an answer are left out.
         records: item id -> record with `text`.
     """
-    rows = []
-    for item in (kept := [item for item in items if item.id in records]):
-        text = records[item.id]["text"]
-        words = _WORD.findall(text.lower())
-        grams = [tuple(words[start : start + 4]) for start in range(len(words) - 3)]
-        repeated = (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
-        rows.append([1.0, len(words), repeated, len(set(grams)), len(grams), not text.strip()])
+    kept = [item for item in items if item.id in records]
+    rows = [quality(records[item.id]["text"]) for item in kept]
+    columns = list(quality(""))
     return Score(
         ids=[item.id for item in kept],
         clusters=[item.image for item in kept],
-        columns=("answers", "words", "repeated_4", "different_4", "all_4", "empty"),
-        values=np.array(rows, dtype=np.float64).reshape(len(rows), 6),
-        metrics={
-            "length": ratio("words", "answers", percent=False),
-            "rep_4": ratio("repeated_4", "answers"),
-            "distinct_4": ratio("different_4", "all_4"),
-            "empty": ratio("empty", "answers"),
-        },
+        columns=columns,
+        values=np.array([[row[name] for name in columns] for row in rows]).reshape(len(rows), len(columns)),
+        metrics={"length": METRICS["tokens"]} | {name: METRICS[name] for name in TEXT if name != "length"},
     )
 
 
