@@ -18,7 +18,7 @@ def photos(tmp_path):
 
 
 def asked(found):
-    return [(item.name, item.prompt) for item in found.items.values()]
+    return [("|".join(item.names), item.prompt) for item in found.items.values()]
 
 
 def write(path, *rows):

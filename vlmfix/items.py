@@ -24,14 +24,14 @@ class Item:
         id: unique among the items; without an `id` column, picture name and a digest of the prompt.
         images: picture files, none for a prompt without a picture.
         prompt: the text asked.
-        name: the pictures as the source writes them.
+        names: the pictures as the source writes them.
         where: picture, or file and line, that it came from.
     """
 
     id: str
     images: tuple[Path, ...]
     prompt: str
-    name: str
+    names: tuple[str, ...]
     where: str
 
 
@@ -221,10 +221,10 @@ def _item(row: Row, prompt: str | None, base: Path, where: str) -> Item:
     text = row.get("prompt") if prompt is None else _fill(prompt, row)
     if not isinstance(text, str) or not text.strip():
         raise _RowError('no prompt; fill "prompt", ask with --prompt, or write it into a .txt file beside the picture')
-    name, given = "|".join(names), row.get("id")
+    given = row.get("id")
     try:
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     except UnicodeEncodeError:
         raise _RowError("the prompt holds half a surrogate pair; write it as plain UTF-8") from None
-    key = f"{name}:{digest}" if given in (None, "") else str(given)
-    return Item(key, tuple(base / each for each in names), text, name, where)
+    key = f"{'|'.join(names)}:{digest}" if given in (None, "") else str(given)
+    return Item(key, tuple(base / each for each in names), text, tuple(names), where)
