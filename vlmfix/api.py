@@ -87,7 +87,7 @@ class FixedVLM:
         self.close()
 
     def generate(self, seed: int | None = None, ids: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """transformers' generate under the recipe: same keywords, same result type, only the caller's rows.
+        """Transformers' generate under the recipe: same keywords, same result type, only the caller's rows.
 
         Decoding is greedy unless asked otherwise: sampling, penalties and beams that a checkpoint's generation_config brings are
         overridden, and the override is reported.
@@ -114,7 +114,9 @@ class FixedVLM:
             if self.compiled.plain:
                 result, request = self.model.generate(**{k: v for k, v in kwargs.items() if k != "visual_mask"}), None
             else:
-                result, request = run.generate(self.parts, self.compiled, self.model.generate, kwargs, self._batcher.global_tile)
+                result, request = run.generate(
+                    self.parts, self.compiled, self.model.generate, kwargs, self._batcher.global_tile
+                )
         if draw is not None and draw.scores is not None:
             result.scores = tuple(draw.scores)
         self.report = report_of(self.recipe, self.parts, self.compiled, request, overridden)
@@ -205,7 +207,15 @@ def load(
         Refusal: not a model the recipe can act on.
     """
     loaded, processor = loading.load(
-        model, device, dtype, device_map, revision, quantize, dict(processor_kwargs or {}), trust_remote_code, from_pretrained
+        model,
+        device,
+        dtype,
+        device_map,
+        revision,
+        quantize,
+        dict(processor_kwargs or {}),
+        trust_remote_code,
+        from_pretrained,
     )
     return FixedVLM(loaded, processor, recipe)
 
@@ -280,7 +290,9 @@ def bare(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
 
 
-def report_of(recipe: Recipe, parts: Parts, compiled: Compiled, request: Request | None, overridden: dict[str, Any]) -> dict[str, Any]:
+def report_of(
+    recipe: Recipe, parts: Parts, compiled: Compiled, request: Request | None, overridden: dict[str, Any]
+) -> dict[str, Any]:
     """What acted where in one run, in plain values."""
     report: dict[str, Any] = {
         "recipe": str(recipe),
@@ -319,7 +331,9 @@ def _open(parts: Parts, kwargs: dict[str, Any]) -> Request | None:
     if application is None or application.compiled.plain:
         return None
     if cache is not None and cache.get_seq_length() > 0:
-        raise UsageError("this cache was filled outside the recipe; start from an empty cache inside `applied`, or call generate")
+        raise UsageError(
+            "this cache was filled outside the recipe; start from an empty cache inside `applied`, or call generate"
+        )
     request, _ = run.open_request(parts, application.compiled, kwargs, application.global_tile)
     return request
 
@@ -382,5 +396,3 @@ def _paired(images: Any, prompts: Any) -> tuple[list[Any], list[str]]:
     if len(pictures) != len(questions):
         raise UsageError(f"{len(pictures)} pictures and {len(questions)} prompts: give equal numbers, or one of either")
     return pictures, questions
-
-

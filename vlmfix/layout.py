@@ -48,7 +48,9 @@ class Layout:
     mask: MaskKind = MaskKind.CAUSAL
 
     @staticmethod
-    def of(visual: Tensor, valid: Tensor | None = None, images: Tensor | None = None, mask: MaskKind = MaskKind.CAUSAL) -> Layout:
+    def of(
+        visual: Tensor, valid: Tensor | None = None, images: Tensor | None = None, mask: MaskKind = MaskKind.CAUSAL
+    ) -> Layout:
         """Builds a layout from masks.
 
         Args:
@@ -128,4 +130,6 @@ class Layout:
         """Rows of several layouts, left-padded to the longest."""
         length = max(layout.length for layout in layouts)
         layouts = [layout.padded(length) for layout in layouts]
-        return replace(layouts[0], kinds=torch.cat([x.kinds for x in layouts]), images=torch.cat([x.images for x in layouts]))
+        return replace(
+            layouts[0], kinds=torch.cat([x.kinds for x in layouts]), images=torch.cat([x.images for x in layouts])
+        )

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.compiled import Compiled
-from vlmfix.method import LayerContext
 from vlmfix.hf.branching import REPLACED, Joint, repeat_pictures
 from vlmfix.hf.cache import BranchCache, BranchRows, StaticBranchCache
 from vlmfix.hf.inputs import TOKEN_KEYS
 from vlmfix.hf.parts import Parts
 from vlmfix.layout import NEVER, Layout
+from vlmfix.method import LayerContext
 from vlmfix.plan import Plan
 
 
@@ -203,7 +203,9 @@ class Request:
     def _first_forward(self, kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
         assert self.joint is not None
         self._repeats = rows // self.visible
-        rest = {k: v for k, v in kwargs.items() if k not in REPLACED and k not in TOKEN_KEYS and k not in self.joint.inputs}
+        rest = {
+            k: v for k, v in kwargs.items() if k not in REPLACED and k not in TOKEN_KEYS and k not in self.joint.inputs
+        }
         self._mask = self.joint.mask
         self._last = self.joint.positions[..., -1:]
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache"):
@@ -216,7 +218,11 @@ class Request:
         n, ids = rows // self.visible, kwargs["input_ids"]
         new = ids[:, self.prompt_length :].repeat(self.copies, 1)
         inputs = self.joint.inputs
-        spread = {k: v.repeat_interleave(n, 0) for k, v in inputs.items() if k in ("input_ids", "attention_mask", *TOKEN_KEYS) and k != "position_ids"}
+        spread = {
+            k: v.repeat_interleave(n, 0)
+            for k, v in inputs.items()
+            if k in ("input_ids", "attention_mask", *TOKEN_KEYS) and k != "position_ids"
+        }
         pictures = {k: v for k, v in inputs.items() if k not in spread and k not in REPLACED}
         pictures = repeat_pictures(self.joint.layout, pictures, n) if n > 1 else pictures
         out = {k: v for k, v in kwargs.items() if k not in REPLACED and k not in TOKEN_KEYS and k not in inputs}

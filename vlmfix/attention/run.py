@@ -14,7 +14,9 @@ from vlmfix.hf.inputs import TOKEN_KEYS, Prompt, read
 from vlmfix.hf.parts import Parts
 
 
-def open_request(parts: Parts, compiled: Compiled, inputs: dict[str, Any], global_tile: int | None = None) -> tuple[Request, Prompt]:
+def open_request(
+    parts: Parts, compiled: Compiled, inputs: dict[str, Any], global_tile: int | None = None
+) -> tuple[Request, Prompt]:
     """Reads the inputs of a generation and makes its state."""
     prompt = read(parts, inputs, inputs.get("visual_mask"), global_tile)
     joint = join(parts, prompt, compiled.views) if compiled.views else None

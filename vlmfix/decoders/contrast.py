@@ -16,8 +16,10 @@ def plausible(logits: Tensor, beta: float) -> Tensor:
 
 
 def contrast(logits: Tensor, branch: Tensor, weight: float) -> Tensor:
-    """s = (1 + w) x - w y."""
-    return (1 + weight) * logits - weight * branch
+    """S = (1 + w) x - w y; tokens the model itself rules out stay ruled out."""
+    floor = torch.finfo(logits.dtype).min / 2
+    scores = (1 + weight) * logits - weight * branch.clamp(min=floor)
+    return scores.masked_fill(logits <= floor, float("-inf"))
 
 
 def keep(scores: Tensor, allowed: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class Redistribute:
 
 
 def sink_score(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """phi = max over d of |x_d| / rms(x): [B, Q, width] -> [B, Q] float32."""
+    """Phi = max over d of |x_d| / rms(x): [B, Q, width] -> [B, Q] float32."""
     x = hidden.float()
     rms = (x.square().mean(-1) + 1e-6).sqrt()
     return x[..., list(dims)].abs().amax(-1) / rms

@@ -43,11 +43,15 @@ def register() -> None:
     AttentionMaskInterface.register(NAMES["eager"], eager_mask)
 
 
-def _attend_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any) -> Any:
+def _attend_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any
+) -> Any:
     return _attend(ALL_ATTENTION_FUNCTIONS["sdpa"], module, query, key, value, attention_mask, kw)
 
 
-def _attend_eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any) -> Any:
+def _attend_eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any
+) -> Any:
     original = sys.modules[type(module).__module__].eager_attention_forward
     return _attend(original, module, query, key, value, attention_mask, kw)
 

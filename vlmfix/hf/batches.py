@@ -73,7 +73,9 @@ class Batcher:
         """Texts and numbers of generated tokens, the end token included."""
         sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
         prompt = inputs["input_ids"].shape[1]
-        same = sequences.shape[1] >= prompt and torch.equal(sequences[: len(inputs["input_ids"]), :prompt], inputs["input_ids"])
+        same = sequences.shape[1] >= prompt and torch.equal(
+            sequences[: len(inputs["input_ids"]), :prompt], inputs["input_ids"]
+        )
         new = sequences[:, prompt:] if same else sequences
         tokenizer = tokenizer_of(self.processor)
         end = self.parts.model.generation_config.eos_token_id

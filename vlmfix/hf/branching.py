@@ -53,20 +53,31 @@ def join(parts: Parts, prompt: Prompt, views: Sequence[View]) -> Joint:
     if parts.family in UNBRANCHED:
         raise Refusal(f"{parts.family}: {UNBRANCHED[parts.family]}; use an attention method instead")
     if prompt.ids is None:
-        raise Refusal("a prompt of inputs_embeds has no text a branch could be made from; pass input_ids and the processor's inputs")
+        raise Refusal(
+            "a prompt of inputs_embeds has no text a branch could be made from; pass input_ids and the processor's inputs"
+        )
     edited = [edit(parts, prompt, view) for view in views]
     rows = [[i for i, ok in enumerate(valid) if ok] for valid in prompt.layout.valid.tolist()]
     sources = [rows, *(e.source for e in edited)]
     length = max(prompt.layout.length, max(len(row) for block in sources for row in block))
     ids = torch.cat([_padded(prompt.ids, length), *(_rows(e.ids, length, prompt.ids) for e in edited)])
-    mask = torch.cat([_padded(prompt.layout.valid.long(), length), *(_valid(e.ids, length, prompt.ids) for e in edited)])
+    mask = torch.cat(
+        [_padded(prompt.layout.valid.long(), length), *(_valid(e.ids, length, prompt.ids) for e in edited)]
+    )
     tokens = {
         key: torch.cat([_padded(value, length), *(gather(value, e.source, length) for e in edited)])
         for key, value in prompt.tokens.items()
         if key not in ("attention_mask", "position_ids")
     }
-    kinds = torch.cat([_padded(prompt.layout.kinds, length), *(_branch_kinds(prompt, e.source, length) for e in edited)])
-    images = torch.cat([_padded(prompt.layout.images, length, -1), *(gather(prompt.layout.images, e.source, length, -1) for e in edited)])
+    kinds = torch.cat(
+        [_padded(prompt.layout.kinds, length), *(_branch_kinds(prompt, e.source, length) for e in edited)]
+    )
+    images = torch.cat(
+        [
+            _padded(prompt.layout.images, length, -1),
+            *(gather(prompt.layout.images, e.source, length, -1) for e in edited),
+        ]
+    )
     layout = Layout(kinds, images, prompt.layout.mask)
     pictures = _concatenated([prompt.pictures, *(change_pixels(parts, prompt, view) for view in views)])
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **tokens, **pictures}
@@ -87,7 +98,9 @@ def _padded(values: Tensor, length: int, fill: int = 0) -> Tensor:
 
 
 def _rows(rows: list[list[int]], length: int, like: Tensor) -> Tensor:
-    return torch.stack([torch.tensor([0] * (length - len(row)) + row, dtype=like.dtype, device=like.device) for row in rows])
+    return torch.stack(
+        [torch.tensor([0] * (length - len(row)) + row, dtype=like.dtype, device=like.device) for row in rows]
+    )
 
 
 def _valid(rows: list[list[int]], length: int, like: Tensor) -> Tensor:
@@ -102,10 +115,15 @@ def _branch_kinds(prompt: Prompt, source: list[list[int]], length: int) -> Tenso
 
 def _concatenated(blocks: list[dict[str, Any]]) -> dict[str, Any]:
     """Picture inputs of all blocks, one vision pass for all; blocks without pictures add nothing."""
+    blocks = [block for block in blocks if block]
     out: dict[str, Any] = {}
-    for key in blocks[0]:
-        parts = [block[key] for block in blocks if key in block]
-        out[key] = torch.cat(parts) if isinstance(parts[0], Tensor) else sum(parts, [])
+    for key in blocks[0] if blocks else ():
+        values = [block[key] for block in blocks]
+        if key == "image_token_pooling":  # indices into the patches of the whole batch
+            patches = blocks[0]["pixel_values"].shape[:2].numel()
+            values = [value + i * patches for i, value in enumerate(values)]
+        packed = key == "pixel_values" and values[0].shape[0] == 1 and "target_sizes" in blocks[0]
+        out[key] = torch.cat(values, -1 if packed else 0)
     return out
 
 

@@ -27,7 +27,13 @@ class SeededDraw(LogitsProcessor):  # type: ignore[misc]
     """
 
     def __init__(
-        self, seed: int, items: Sequence[str], repeats: int, prompt_length: int, warpers: LogitsProcessorList, keep_scores: bool
+        self,
+        seed: int,
+        items: Sequence[str],
+        repeats: int,
+        prompt_length: int,
+        warpers: LogitsProcessorList,
+        keep_scores: bool,
     ) -> None:
         keys = [row_key(seed, item, sample) for item in items for sample in range(repeats)]
         self.keys = np.array(keys, dtype=np.uint64)

@@ -170,7 +170,9 @@ def _current(parts: Parts) -> Request | None:
 
 
 def _before(parts: Parts) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         request = _current(parts)
         if request is None and OPEN:
             names = ("input_ids",)
@@ -206,7 +208,9 @@ def _after(parts: Parts) -> Any:
 
 
 def _enter_decoder(parts: Parts) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         request = _current(parts)
         if request is None:
             return None

@@ -60,7 +60,9 @@ class Prompt:
     layout: Layout
 
 
-def read(parts: Parts, inputs: Mapping[str, Any], visual_mask: Tensor | None = None, global_tile: int | None = None) -> Prompt:
+def read(
+    parts: Parts, inputs: Mapping[str, Any], visual_mask: Tensor | None = None, global_tile: int | None = None
+) -> Prompt:
     """Sorts model inputs and finds the layout.
 
     Args:
@@ -95,8 +97,11 @@ def read(parts: Parts, inputs: Mapping[str, Any], visual_mask: Tensor | None = N
 def _is_picture(key: str, value: Any) -> bool:
     if key in TOKEN_KEYS or key in NOT_PICTURES or key in ("input_ids", "inputs_embeds", "labels"):
         return False
-    tensors = isinstance(value, Tensor) or (isinstance(value, list) and bool(value) and isinstance(value[0], Tensor))
-    return tensors or key == "mm_encoder_outputs"
+    return isinstance(value, Tensor) or _is_list_of_tensors(value) or key == "mm_encoder_outputs"
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Tensor)
 
 
 def _visual(parts: Parts, ids: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
@@ -132,7 +137,9 @@ def _run_has(visual: Tensor, mark: Tensor) -> Tensor:
     """[B, K] True on the whole contiguous run whose first token is marked."""
     starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
     run = starts.cumsum(1)
-    marked = torch.zeros(visual.shape[0], int(run.max()) + 1 if visual.numel() else 1, dtype=torch.bool, device=visual.device)
+    marked = torch.zeros(
+        visual.shape[0], int(run.max()) + 1 if visual.numel() else 1, dtype=torch.bool, device=visual.device
+    )
     rows, cols = mark.nonzero(as_tuple=True)
     marked[rows, run[rows, cols]] = True
     return visual & marked.gather(1, run)
@@ -198,10 +205,12 @@ def change_pixels(parts: Parts, prompt: Prompt, view: View) -> dict[str, Any]:
             for piece, index in pieces(prompt.layout, pixels):
                 piece.copy_(_per_tile(parts, view, piece, index))
             pictures[key] = pixels
-        elif pixels is not None:
+        elif _is_list_of_tensors(pixels):
             raise Refusal(f"{parts.family}: pictures come as a list of tensors, which views cannot change yet")
     if "mm_encoder_outputs" in pictures:
-        raise Refusal("pictures were encoded before generate (mm_encoder_outputs); pass the processor's pixel_values instead")
+        raise Refusal(
+            "pictures were encoded before generate (mm_encoder_outputs); pass the processor's pixel_values instead"
+        )
     return pictures
 
 
@@ -222,22 +231,35 @@ def _per_tile(parts: Parts, view: View, piece: Tensor, index: int) -> Tensor:
 def pieces(layout: Layout, pixels: Tensor) -> Iterator[tuple[Tensor, int]]:
     """Views of a pixel tensor, one per picture, [tiles or patches, ...], with the picture's index within its row.
 
-    The first axis counts pictures, rows, or tiles and patches of all pictures in order; which one follows from its length.
+    The first axis counts pictures, rows, or tiles and patches of all pictures in order; which one follows from its length. Where
+    tiles cannot be told apart by picture, a row's pictures come as one piece.
+
+    Raises:
+        Refusal: the axis fits none of these.
     """
     per_row = layout.n_images.tolist()
     order = [i for n in per_row for i in range(n)]
-    if pixels.dim() == 5 and pixels.shape[0] in (len(order), layout.rows):
-        for i, whole in enumerate(pixels):
-            yield whole, order[i] if pixels.shape[0] == len(order) else 0
-    elif pixels.shape[0] == len(order):
-        for i, index in enumerate(order):
-            yield pixels[i : i + 1], index
+    axis = pixels.dim() - 1 if pixels.shape[0] == 1 and len(order) > 1 else 0
+    if pixels.dim() == 5 and pixels.shape[0] == layout.rows:
+        sizes, indices = [1] * layout.rows, [0] * layout.rows
     else:
-        tokens = [int((layout.images[b] == i).sum()) for b, n in enumerate(per_row) for i in range(n)]
-        total, start = sum(tokens), 0
-        for count, index in zip(tokens, order, strict=True):
-            share = pixels.shape[0] * count
-            if share % total:
-                raise Refusal(f"{pixels.shape[0]} picture rows do not divide over pictures of {tokens} visual tokens")
-            yield pixels[start : start + share // total], index
-            start += share // total
+        pictures = [int((layout.images[b] == i).sum()) for b, n in enumerate(per_row) for i in range(n)]
+        rows = [n for n in layout.n_visual.tolist() if n]
+        sizes, indices = _shares(pixels.shape[axis], pictures), order
+        if sizes is None:
+            sizes, indices = _shares(pixels.shape[axis], rows), [0] * len(rows)
+        if sizes is None:
+            raise Refusal(
+                f"pixels of shape {tuple(pixels.shape)} do not divide over pictures of {pictures} visual tokens"
+            )
+    for piece, index in zip(pixels.split(sizes, axis), indices, strict=True):
+        yield (piece[0], index) if pixels.dim() == 5 and len(piece) == 1 else (piece, index)
+
+
+def _shares(total: int, tokens: list[int]) -> list[int] | None:
+    """`total` divided one each, or in proportion to token counts; None where neither fits."""
+    if total == len(tokens):
+        return [1] * total
+    if not tokens or any(total * n % sum(tokens) for n in tokens):
+        return None
+    return [total * n // sum(tokens) for n in tokens]

@@ -67,14 +67,18 @@ def _config(path: str, common: dict[str, Any]) -> Any:
     except (OSError, ValueError, KeyError) as error:
         looks_local = folder.is_absolute() or path.startswith((".", "~"))
         hint = "no such folder" if looks_local and not folder.exists() else _first_line(error)
-        raise UsageError(f"model {path!r} cannot be found or read: {hint}; give 'pico', a folder, or a Hub id{nearest(path, ['pico'])}") from error
+        raise UsageError(
+            f"model {path!r} cannot be found or read: {hint}; give 'pico', a folder, or a Hub id{nearest(path, ['pico'])}"
+        ) from error
 
 
 def _check(config: Any, path: str) -> None:
     mapping = AutoModelForImageTextToText._model_mapping
     if type(config) not in mapping:
         kind = getattr(config, "model_type", type(config).__name__)
-        raise Refusal(f"{path}: {kind} is not a vision-language model (no image-text-to-text class); `vlmfix models` lists the families")
+        raise Refusal(
+            f"{path}: {kind} is not a vision-language model (no image-text-to-text class); `vlmfix models` lists the families"
+        )
 
 
 def _device(device: str | None) -> str:

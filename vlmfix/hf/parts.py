@@ -44,7 +44,7 @@ class Parts:
 
     @property
     def family(self) -> str:
-        """transformers' model_type."""
+        """Transformers' model_type."""
         return str(self.model.config.model_type)
 
     @property
@@ -81,7 +81,9 @@ def find(model: nn.Module, require_pictures: bool = True) -> Parts:
         )
     image_ids = _image_ids(config)
     if require_pictures and not image_ids and not hasattr(config, "vision_config"):
-        raise Refusal(f"{name} ({config.model_type}) is a text-only model: it has no image token and no vision tower; give a VLM")
+        raise Refusal(
+            f"{name} ({config.model_type}) is a text-only model: it has no image token and no vision tower; give a VLM"
+        )
     top = _language_model(model)
     decoder = _decoder(top)
     probe = _Probe()

@@ -99,10 +99,14 @@ def refuse(kwargs: dict[str, Any], branches: bool) -> None:
     if branches and kwargs.get("prefill_chunk_size"):
         raise Refusal("a contrastive method prefills visible and branch rows together; leave prefill_chunk_size unset")
     if branches and kwargs.get("cache_implementation") not in (None, "dynamic", "static"):
-        raise Refusal(f"cache_implementation={kwargs['cache_implementation']!r}: contrastive methods run with 'dynamic' or 'static'")
+        raise Refusal(
+            f"cache_implementation={kwargs['cache_implementation']!r}: contrastive methods run with 'dynamic' or 'static'"
+        )
 
 
-def seeded(kwargs: dict[str, Any], seed: int, items: Sequence[str], prompt_length: int) -> tuple[dict[str, Any], SeededDraw]:
+def seeded(
+    kwargs: dict[str, Any], seed: int, items: Sequence[str], prompt_length: int
+) -> tuple[dict[str, Any], SeededDraw]:
     """Moves the draw of a sampling run into `SeededDraw`.
 
     Args:

@@ -4,5 +4,5 @@ from pathlib import Path
 
 
 def path() -> Path:
-    """Folder of the checkpoint, in the standard LLaVA format; loads offline through AutoProcessor and AutoModel classes."""
+    """Folder of the checkpoint, in the standard LLaVA format; loads offline through transformers' Auto classes."""
     return Path(__file__).parent
