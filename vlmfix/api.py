@@ -89,8 +89,8 @@ class FixedVLM:
     def generate(self, seed: int | None = None, ids: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Transformers' generate under the recipe: same keywords, same result type, only the caller's rows.
 
-        Decoding is greedy unless asked otherwise: sampling, penalties and beams that a checkpoint's generation_config brings are
-        overridden, and the override is reported.
+        Decoding is greedy unless asked otherwise: sampling, penalties and beams that a checkpoint's
+        generation_config brings are overridden, and the override is reported.
 
         Args:
             seed: makes sampling a function of (seed, id, sample, step), the same in any batch.
@@ -240,8 +240,8 @@ class _Application:
 def applied(model: nn.Module, processor: Any, recipe: Any) -> Iterator[Recipe]:
     """Applies a recipe to a model's own `generate` and forward for as long as the context lives.
 
-    The recipe belongs to this thread or task: others see the plain model. Contexts nest, the innermost counts. A new thread starts
-    with an empty context; start it with `contextvars.copy_context().run`.
+    The recipe belongs to this thread or task: others see the plain model. Contexts nest, the innermost counts. A new
+    thread starts with an empty context; start it with `contextvars.copy_context().run`.
 
     Args:
         model: a model of AutoModelForImageTextToText.
@@ -344,7 +344,10 @@ _WRAPPED: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDicti
 
 @contextlib.contextmanager
 def _own_generate(model: Any) -> Iterator[None]:
-    """Puts a `generate` on the instance that looks up the recipe of its context; counted, the last leaver removes it."""
+    """Puts a `generate` on the instance that looks up the recipe of its context; counted.
+
+    The last leaver removes it.
+    """
     with hooks.LOCK:
         count = _WRAPPED.setdefault(model, [0])
         if count[0] == 0:
@@ -376,7 +379,8 @@ class _Generate:
         applications = [a for a in _APPLIED.get() if a.parts.model is model]
         if not applications:
             hooks.warn_once(
-                "generate was called in a thread or task without the recipe applied elsewhere and runs plain; start the thread with "
+                "generate was called in a thread or task without the recipe applied elsewhere and runs plain; "
+                "start the thread with "
                 "contextvars.copy_context().run to take the recipe along"
             )
             return plain(**kwargs)

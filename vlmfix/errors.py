@@ -14,7 +14,7 @@ class UsageError(VlmfixError):
     """A wrong name, key or value."""
 
 
-class Refusal(VlmfixError):
+class Refusal(VlmfixError):  # noqa: N818 - it is an answer, not a fault
     """A method cannot act here and says why, instead of doing nothing."""
 
 

@@ -37,8 +37,8 @@ class Layout:
     """Per-row description of a batch of prompts; generated positions lie beyond K and are text.
 
     Args:
-        kinds: [B, K] uint8, a `Kind` for each position. Text before the first visual token is SYSTEM, text after it QUERY; a row
-            without a picture is all QUERY.
+        kinds: [B, K] uint8, a `Kind` for each position. Text before the first visual token is SYSTEM, text after it
+            QUERY; a row without a picture is all QUERY.
         images: [B, K] int16, index within its row of the picture a visual token belongs to, -1 elsewhere.
         mask: how prompt rows see each other.
     """

@@ -118,7 +118,8 @@ class AttentionMethod(Method):
             raise UsageError(f"on={self.on!r}: give 'visible' or 'all'")
         if self.scales_scores and facts.softcap:
             raise Refusal(
-                f"{type(self).__name__.lower()} changes attention scores, which {facts.family} soft-caps; the method has no meaning there"
+                f"{type(self).__name__.lower()} changes attention scores, which {facts.family} soft-caps; the "
+                "method has no meaning there"
             )
         return self
 

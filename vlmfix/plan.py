@@ -7,8 +7,8 @@ One operation evaluates every plan (`vlmfix.kernels.grouped_attention`). With z 
     m_g = sum of p over group g,   o_g = sum of p_j v_j over group g             (and m_w, o_w weighted by key_weight)
     out = sum_g c_g(m) o_g, times the head's scale
 
-Several plans on one layer act in the order of the recipe: slopes multiply, biases add, masses are those of the modified softmax,
-factors multiply, head scales multiply.
+Several plans on one layer act in the order of the recipe: slopes multiply, biases add, masses are those of the
+modified softmax, factors multiply, head scales multiply.
 """
 
 from __future__ import annotations

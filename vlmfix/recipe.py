@@ -140,7 +140,8 @@ class Recipe:
                 acting = frozenset(ready.acts_on(facts.depth)) & frozenset(facts.heads)
                 if not acting:
                     raise Refusal(
-                        f"{name}: none of its layers {sorted(ready.acts_on(facts.depth))} has attention in this {facts.family} model"
+                        f"{name}: none of its layers {sorted(ready.acts_on(facts.depth))} has attention in this "
+                        f"{facts.family} model"
                     )
                 attention.append(ready)
                 layers.append(acting)

@@ -44,7 +44,8 @@ class View:
         """One picture's normalised pixels, changed.
 
         Args:
-            pixels: [frames, channels, ...] one picture (all its tiles), or one picture's patches [patches, channels, frames, area].
+            pixels: [frames, channels, ...] one picture (all its tiles), or one picture's patches [patches, channels,
+                frames, area].
             picture: index of the picture within its row.
         """
         return pixels

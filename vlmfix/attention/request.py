@@ -77,7 +77,7 @@ class Request:
             if self.steps == 1 and self._repeats > 1:
                 logits = self._spread(output, logits)
             visible = logits.shape[0] // self.copies
-            blocks = logits.split(visible)
+            blocks = torch.split(logits, visible)
             self._trim(output, visible)
         else:
             blocks = (logits,)
@@ -141,7 +141,10 @@ class Request:
             self._hidden[layer] = hidden
 
     def visit(self, layer: int, query: Tensor, key: Tensor) -> tuple[tuple[Plan, ...], int]:
-        """Plans of a layer, made at its first visit (and at every prefill chunk, for methods that read hidden states)."""
+        """Plans of a layer, made at its first visit (and at every prefill chunk.
+
+        For methods that read hidden states).
+        """
         if layer not in self._plans or layer in self._hidden:
             self._build(layer, query.shape[1])
         return self._plans[layer], self._first[layer]
@@ -246,7 +249,10 @@ class Request:
         return {**out, "input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
 
     def _spread(self, output: Any, logits: Tensor) -> Tensor:
-        """After a prefill of unrepeated rows: repeats the cache, the state and the logits for beams or return sequences."""
+        """After a prefill of unrepeated rows: repeats the cache.
+
+        The state and the logits for beams or return sequences.
+        """
         n = self._repeats
         cache = output.get("past_key_values")
         if cache is not None:

@@ -19,8 +19,9 @@ class M3ID(DecodingMethod):
     """Multi-Modal Mutual Information Decoding.
 
     "Multi-Modal Hallucination Control by Visual Information Grounding", arXiv 2403.14003: s = l + w_t (l - l') with
-    w_t = exp(lambda t) - 1, t counting generated tokens from 1. With a plausibility mask (the re-implementation in AvisC's
-    repository, which the vectors come from), or with the published confidence gate: contrast only where max p < gate.
+    w_t = exp(lambda t) - 1, t counting generated tokens from 1. With a plausibility mask (the re-implementation in
+    AvisC's repository, which the vectors come from), or with the published confidence gate: contrast only where max
+    p < gate.
 
     Args:
         forget_rate: lambda; 0 drops the branch and keeps the mask.

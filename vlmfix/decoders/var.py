@@ -22,19 +22,20 @@ REFERENCE_TAU = 20.0
 class VAR(AttentionMethod):
     """Visual Attention Redistribution.
 
-    "See What You Are Told: Visual Attention Sink in Large Multimodal Models", arXiv 2503.03321. A token is a sink of a layer when
-    one of a few hidden dimensions dominates the residual stream entering it; image-centric heads give a part of what they pay to
-    sinks to the other visual tokens, in proportion to what those already get.
+    "See What You Are Told: Visual Attention Sink in Large Multimodal Models", arXiv 2503.03321. A token is a sink of
+    a layer when one of a few hidden dimensions dominates the residual stream entering it; image-centric heads give a
+    part of what they pay to sinks to the other visual tokens, in proportion to what those already get.
 
     Args:
         move_fraction: p of the paper, fraction taken from sinks; 0 is neutral.
         keep_ratio: rho, smallest share of a row's visual mass outside sinks for the row to count as image-centric.
         min_mass: smallest visual mass of an image-centric row.
-        tau: a token is a sink where |x_d| / rms(x) exceeds it; by default 20 at width 4096 and the same share of the squared norm
-            at other widths (our scaling).
+        tau: a token is a sink where |x_d| / rms(x) exceeds it; by default 20 at width 4096 and the same share of the
+            squared norm at other widths (our scaling).
         sink_dims: D_sink, hidden dimensions of massive activations; found by measurement where absent.
         layers: fractions of depth, or exact indices.
-        variant: "paper" leaves the last layer alone; "reference" includes it, as the released code does in spite of its setting.
+        variant: "paper" leaves the last layer alone; "reference" includes it, as the released code does in spite of
+            its setting.
     """
 
     reads_hidden: ClassVar[bool] = True
@@ -67,7 +68,8 @@ class VAR(AttentionMethod):
         dims = facts.sink_dims() if self.sink_dims is None else tuple(self.sink_dims)
         if not dims:
             raise Refusal(
-                f"var: no massive-activation dimension was found in this {facts.family} model, so there are no sinks to move attention "
+                f"var: no massive-activation dimension was found in this {facts.family} model, so there are no "
+                "sinks to move attention "
                 f"from; give sink_dims=(...) if you know them"
             )
         bad = [d for d in dims if not 0 <= d < facts.hidden_size]
@@ -98,7 +100,8 @@ class VAR(AttentionMethod):
         layout, hidden = context.layout, context.hidden
         sinks = context.memory.setdefault("sinks", torch.zeros_like(layout.visual))
         if hidden is not None and context.past < layout.length:
-            assert self.sink_dims is not None and self.tau is not None
+            assert self.sink_dims is not None
+            assert self.tau is not None
             part = slice(context.past, min(context.past + hidden.shape[1], layout.length))
             phi = sink_score(hidden[:, : part.stop - part.start], self.sink_dims)
             sinks[:, part] = (phi > self.tau) & layout.valid[:, part]

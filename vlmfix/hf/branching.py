@@ -54,7 +54,8 @@ def join(parts: Parts, prompt: Prompt, views: Sequence[View]) -> Joint:
         raise Refusal(f"{parts.family}: {UNBRANCHED[parts.family]}; use an attention method instead")
     if prompt.ids is None:
         raise Refusal(
-            "a prompt of inputs_embeds has no text a branch could be made from; pass input_ids and the processor's inputs"
+            "a prompt of inputs_embeds has no text a branch could be made from; pass input_ids and the "
+            "processor's inputs"
         )
     edited = [edit(parts, prompt, view) for view in views]
     rows = [[i for i, ok in enumerate(valid) if ok] for valid in prompt.layout.valid.tolist()]
@@ -88,7 +89,8 @@ def join(parts: Parts, prompt: Prompt, views: Sequence[View]) -> Joint:
 
 
 UNBRANCHED = {
-    "kosmos-2": "its own generate neither passes keywords nor pads rows equally, so branches cannot ride in the same forward",
+    "kosmos-2": "its own generate neither passes keywords nor pads rows equally, so branches cannot ride in "
+    "the same forward",
     "mllama": "its cross-attention ties every row to a picture, so branches cannot ride in the same forward",
 }
 

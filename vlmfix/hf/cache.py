@@ -52,9 +52,9 @@ class BranchRows:
             self.state.take(rows)
 
 
-class BranchCache(BranchRows, DynamicCache):
+class BranchCache(BranchRows, DynamicCache):  # type: ignore[misc]
     """Growing cache with branch rows."""
 
 
-class StaticBranchCache(BranchRows, StaticCache):
+class StaticBranchCache(BranchRows, StaticCache):  # type: ignore[misc]
     """Fixed-size cache with branch rows."""

@@ -86,4 +86,5 @@ def uniforms(keys: NDArray[np.uint64], first: int, count: int) -> NDArray[np.flo
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
-    return ((x >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).astype(np.float32)
+    high: NDArray[np.float32] = (x >> np.uint64(40)).astype(np.float32)
+    return high * np.float32(2.0**-24)

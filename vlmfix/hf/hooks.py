@@ -60,7 +60,9 @@ def warn_once(message: str) -> None:
 class Opener(Protocol):
     """Makes a request for a forward outside `generate`; None where nothing is applied."""
 
-    def __call__(self, parts: Parts, kwargs: dict[str, Any]) -> Request | None: ...
+    def __call__(self, parts: Parts, kwargs: dict[str, Any]) -> Request | None:
+        """The request of a forward with these keywords."""
+        ...
 
 
 OPEN: list[Opener] = []
@@ -143,14 +145,14 @@ def serving(request: Request | None) -> Iterator[None]:
         REQUEST.reset(token)
 
 
-def _implementations(model: nn.Module) -> list[tuple[Any, str | None]]:
+def _implementations(model: Any) -> list[tuple[Any, str | None]]:
     """Every configuration of the model with the attention implementation it names."""
     config = model.config
     names = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))]
     return [(c, c._attn_implementation) for c in names if c is not None and hasattr(c, "_attn_implementation")]
 
 
-def _select(model: nn.Module) -> None:
+def _select(model: Any) -> None:
     config: Any = model.config
     text = config.get_text_config(decoder=True)
     original = text._attn_implementation or "sdpa"
@@ -161,7 +163,7 @@ def _select(model: nn.Module) -> None:
         )
     key = [k for k in config.sub_configs if getattr(config, k, None) is text]
     name = attend.NAMES[original]
-    model.set_attn_implementation({key[0]: name} if key else name)  # type: ignore[operator]
+    model.set_attn_implementation({key[0]: name} if key else name)
 
 
 def _current(parts: Parts) -> Request | None:
@@ -215,7 +217,7 @@ def _enter_decoder(parts: Parts) -> Any:
         if request is None:
             return None
         cache = kwargs.get("past_key_values")
-        entry = kwargs.get("inputs_embeds")
+        entry: Any = kwargs.get("inputs_embeds")
         if entry is None:
             entry = kwargs.get("input_ids", args[0] if args else None)
         past = cache.get_seq_length() if cache is not None else 0

@@ -85,7 +85,8 @@ def read(
     missing = NEEDS_TYPES.get(parts.family)
     if missing and ids is not None and missing not in tokens and bool(visual_mask.any()):
         raise UsageError(
-            f"{parts.family} reads a prompt with pictures as plain text when {missing} is missing; pass everything the processor "
+            f"{parts.family} reads a prompt with pictures as plain text when {missing} is missing; pass "
+            "everything the processor "
             f"returned (ask it with return_mm_token_type_ids=True)"
         )
     valid = tokens.get("attention_mask")
@@ -146,7 +147,7 @@ def _run_has(visual: Tensor, mark: Tensor) -> Tensor:
 
 
 def _tokens_per_picture(parts: Parts, pictures: Mapping[str, Any]) -> Tensor | None:
-    vision = getattr(parts.model.config, "vision_config", None)
+    vision: Any = getattr(parts.model.config, "vision_config", None)
     grid = pictures.get("image_grid_thw")
     if isinstance(grid, Tensor):
         merge = getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None) or 2
@@ -154,7 +155,8 @@ def _tokens_per_picture(parts: Parts, pictures: Mapping[str, Any]) -> Tensor | N
     sizes = pictures.get("image_sizes")
     merge = getattr(parts.model.config, "spatial_merge_size", None)
     if isinstance(sizes, Tensor) and isinstance(merge, int):
-        return (sizes // (vision.patch_size * merge)).prod(-1)
+        tokens: Tensor = (sizes // (vision.patch_size * merge)).prod(-1)
+        return tokens
     return None
 
 
@@ -231,8 +233,8 @@ def _per_tile(parts: Parts, view: View, piece: Tensor, index: int) -> Tensor:
 def pieces(layout: Layout, pixels: Tensor) -> Iterator[tuple[Tensor, int]]:
     """Views of a pixel tensor, one per picture, [tiles or patches, ...], with the picture's index within its row.
 
-    The first axis counts pictures, rows, or tiles and patches of all pictures in order; which one follows from its length. Where
-    tiles cannot be told apart by picture, a row's pictures come as one piece.
+    The first axis counts pictures, rows, or tiles and patches of all pictures in order; which one follows from its
+    length. Where tiles cannot be told apart by picture, a row's pictures come as one piece.
 
     Raises:
         Refusal: the axis fits none of these.
@@ -241,7 +243,8 @@ def pieces(layout: Layout, pixels: Tensor) -> Iterator[tuple[Tensor, int]]:
     order = [i for n in per_row for i in range(n)]
     axis = pixels.dim() - 1 if pixels.shape[0] == 1 and len(order) > 1 else 0
     if pixels.dim() == 5 and pixels.shape[0] == layout.rows:
-        sizes, indices = [1] * layout.rows, [0] * layout.rows
+        sizes: list[int] | None = [1] * layout.rows
+        indices = [0] * layout.rows
     else:
         pictures = [int((layout.images[b] == i).sum()) for b, n in enumerate(per_row) for i in range(n)]
         rows = [n for n in layout.n_visual.tolist() if n]
@@ -252,7 +255,7 @@ def pieces(layout: Layout, pixels: Tensor) -> Iterator[tuple[Tensor, int]]:
             raise Refusal(
                 f"pixels of shape {tuple(pixels.shape)} do not divide over pictures of {pictures} visual tokens"
             )
-    for piece, index in zip(pixels.split(sizes, axis), indices, strict=True):
+    for piece, index in zip(torch.split(pixels, sizes, axis), indices, strict=True):
         yield (piece[0], index) if pixels.dim() == 5 and len(piece) == 1 else (piece, index)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from vlmfix.errors import Refusal, UsageError, nearest
 from vlmfix.hf.processors import load_processor
@@ -68,7 +69,8 @@ def _config(path: str, common: dict[str, Any]) -> Any:
         looks_local = folder.is_absolute() or path.startswith((".", "~"))
         hint = "no such folder" if looks_local and not folder.exists() else _first_line(error)
         raise UsageError(
-            f"model {path!r} cannot be found or read: {hint}; give 'pico', a folder, or a Hub id{nearest(path, ['pico'])}"
+            f"model {path!r} cannot be found or read: {hint}; give 'pico', a folder, or a Hub "
+            f"id{nearest(path, ['pico'])}"
         ) from error
 
 
@@ -77,7 +79,8 @@ def _check(config: Any, path: str) -> None:
     if type(config) not in mapping:
         kind = getattr(config, "model_type", type(config).__name__)
         raise Refusal(
-            f"{path}: {kind} is not a vision-language model (no image-text-to-text class); `vlmfix models` lists the families"
+            f"{path}: {kind} is not a vision-language model (no image-text-to-text class); `vlmfix models` "
+            "lists the families"
         )
 
 
@@ -107,11 +110,8 @@ def _dtype(dtype: Any, device: str) -> Any:
 def _quantization(quantize: str) -> Any:
     if quantize not in ("4bit", "8bit"):
         raise UsageError(f"quantize {quantize!r} is not known; give 4bit or 8bit")
-    try:
-        import bitsandbytes  # noqa: F401
-        from transformers import BitsAndBytesConfig
-    except ImportError as error:
-        raise UsageError(f"quantize={quantize}: install bitsandbytes first") from error
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"quantize={quantize}: install bitsandbytes first")
     return BitsAndBytesConfig(load_in_4bit=quantize == "4bit", load_in_8bit=quantize == "8bit")
 
 

@@ -20,8 +20,8 @@ class Parts:
 
     Args:
         model: the whole model.
-        top: the module whose forward yields logits inside `generate`; the language model for families whose `generate` hands
-            embeddings to it.
+        top: the module whose forward yields logits inside `generate`; the language model for families whose
+            `generate` hands embeddings to it.
         decoder: the text decoder, whose keywords reach the attention function.
         blocks: layer index -> decoder block (the residual stream enters here).
         heads: layer index -> query heads; layers without attention are absent.
@@ -31,9 +31,9 @@ class Parts:
         hidden_size: width of the residual stream.
     """
 
-    model: nn.Module
-    top: nn.Module
-    decoder: nn.Module
+    model: Any
+    top: Any
+    decoder: Any
     blocks: dict[int, nn.Module]
     heads: dict[int, int]
     kv_heads: dict[int, int]
@@ -60,10 +60,10 @@ class Parts:
     @property
     def device(self) -> torch.device:
         """Device of the text embeddings."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr, no-any-return]
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
 
-def find(model: nn.Module, require_pictures: bool = True) -> Parts:
+def find(model: Any, require_pictures: bool = True) -> Parts:
     """Finds the parts of a model that is installed (see `hooks.install`), by one forward of two text tokens.
 
     Args:
@@ -77,7 +77,8 @@ def find(model: nn.Module, require_pictures: bool = True) -> Parts:
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise Refusal(
-            f"{name}: encoder-decoder models keep the picture in the encoder; vlmfix acts on decoder-only VLMs (`vlmfix models` lists them)"
+            f"{name}: encoder-decoder models keep the picture in the encoder; vlmfix acts on decoder-only VLMs "
+            "(`vlmfix models` lists them)"
         )
     image_ids = _image_ids(config)
     if require_pictures and not image_ids and not hasattr(config, "vision_config"):
@@ -90,7 +91,8 @@ def find(model: nn.Module, require_pictures: bool = True) -> Parts:
     _probe(model, decoder, probe)
     if not probe.heads:
         raise Refusal(
-            f"{name}: no attention layer of the text decoder goes through transformers' attention interface, so nothing can act"
+            f"{name}: no attention layer of the text decoder goes through transformers' attention interface, so "
+            "nothing can act"
         )
     blocks = _blocks(decoder, set(probe.heads))
     return Parts(
@@ -102,7 +104,7 @@ def find(model: nn.Module, require_pictures: bool = True) -> Parts:
         probe.kv_heads,
         image_ids,
         _structure_ids(config),
-        model.get_input_embeddings().weight.shape[-1],  # type: ignore[operator, union-attr]
+        model.get_input_embeddings().weight.shape[-1],
         config.get_text_config(decoder=True),
     )
 
@@ -129,16 +131,15 @@ def _structure_ids(config: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in (*found, *indicators) if isinstance(i, int)))
 
 
-def _language_model(model: nn.Module) -> nn.Module:
+def _language_model(model: Any) -> Any:
     """The inner language model where `generate` is overridden to feed it embeddings, else the model itself."""
     inner = getattr(model, "language_model", None)
     own = "generate" in type(model).__dict__
     return inner if own and inner is not None and hasattr(inner, "generate") else model
 
 
-def _decoder(top: nn.Module) -> nn.Module:
-    decoder = top.get_decoder() if hasattr(top, "get_decoder") else top
-    return decoder
+def _decoder(top: Any) -> Any:
+    return top.get_decoder() if hasattr(top, "get_decoder") else top
 
 
 class _Probe:
@@ -161,8 +162,8 @@ class _Probe:
 
 
 @torch.no_grad()
-def _probe(model: nn.Module, decoder: nn.Module, probe: _Probe) -> None:
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+def _probe(model: Any, decoder: Any, probe: _Probe) -> None:
+    embedding = model.get_input_embeddings()
     ids = torch.zeros(1, 2, dtype=torch.long, device=embedding.weight.device)
 
     def pre(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -46,7 +46,8 @@ NEUTRAL: dict[str, Any] = {
 
 REFUSED = {
     "assistant_model": "assisted decoding verifies several tokens at once, which a mitigated step does not define",
-    "prompt_lookup_num_tokens": "prompt-lookup decoding verifies several tokens at once, which a mitigated step does not define",
+    "prompt_lookup_num_tokens": "prompt-lookup decoding verifies several tokens at once, which a mitigated "
+    "step does not define",
     "custom_generate": "a custom decoding loop may not call the model as generate does",
     "guidance_scale": "classifier-free guidance runs its own second forward; use a contrastive method instead",
     "penalty_alpha": "contrastive search runs its own forwards over candidates",
@@ -100,7 +101,8 @@ def refuse(kwargs: dict[str, Any], branches: bool) -> None:
         raise Refusal("a contrastive method prefills visible and branch rows together; leave prefill_chunk_size unset")
     if branches and kwargs.get("cache_implementation") not in (None, "dynamic", "static"):
         raise Refusal(
-            f"cache_implementation={kwargs['cache_implementation']!r}: contrastive methods run with 'dynamic' or 'static'"
+            f"cache_implementation={kwargs['cache_implementation']!r}: contrastive methods run with 'dynamic' "
+            "or 'static'"
         )
 
 

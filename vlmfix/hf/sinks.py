@@ -36,10 +36,10 @@ _FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[int, ...]] = weakref.WeakKeyD
 def sink_dims(parts: Parts, tokenizer: Any = None) -> tuple[int, ...]:
     """Hidden dimensions in which the residual stream of some token is massive, at most four.
 
-    The recipe of "Massive Activations in Large Language Models" (arXiv 2402.17762) on ten text prompts: at the first token and at the
-    token of largest norm, layers 3 to 0.8 L, |x_d| > 100 and at least 1000 times the token's median; where nothing passes,
-    |x_d| / rms(x) > 0.3 sqrt(width). Kept are dimensions that pass in 80 % of (prompt, layer) pairs. The answer is kept for the
-    process and on disk.
+    The recipe of "Massive Activations in Large Language Models" (arXiv 2402.17762) on ten text prompts: at the first
+    token and at the token of largest norm, layers 3 to 0.8 L, |x_d| > 100 and at least 1000 times the token's
+    median; where nothing passes, |x_d| / rms(x) > 0.3 sqrt(width). Kept are dimensions that pass in 80 % of (prompt,
+    layer) pairs. The answer is kept for the process and on disk.
 
     Args:
         parts: the model.
@@ -73,7 +73,7 @@ def _measure(parts: Parts, tokenizer: Any) -> tuple[int, ...]:
     handles = [parts.blocks[layer].register_forward_pre_hook(keep(layer), with_kwargs=True) for layer in wanted]
     strict = torch.zeros(parts.hidden_size)
     loose = torch.zeros(parts.hidden_size)
-    embedding = parts.model.get_input_embeddings()  # type: ignore[operator]
+    embedding = parts.model.get_input_embeddings()
     try:
         for number, prompt in enumerate(PROMPTS):
             ids = _ids(prompt, number, tokenizer, embedding.weight.shape[0]).to(embedding.weight.device)

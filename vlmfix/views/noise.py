@@ -36,7 +36,10 @@ class Noised(View):
 
 
 def add_noise(pixels: Tensor, eps: Tensor, step: int) -> Tensor:
-    """The forward diffusion of VCD (arXiv 2311.16922): pixels and eps of one shape -> noised pixels in the pixels' dtype."""
+    """The forward diffusion of VCD (arXiv 2311.16922).
+
+    Pixels and eps of one shape -> noised pixels in the pixels' dtype.
+    """
     keep, add = coefficients(step)
     return (keep * pixels.float() + add * eps.float()).to(pixels.dtype)
 

@@ -10,7 +10,10 @@ from vlmfix.view import RowText, View
 
 @dataclass(frozen=True)
 class WithoutPictures(View):
-    """The same text with every picture removed: visual tokens and the tokens that frame them are deleted, positions close up."""
+    """The same text with every picture removed: visual tokens and the tokens that frame them are deleted.
+
+    Positions close up.
+    """
 
     def keeps_pictures(self) -> bool:
         """No."""
