@@ -255,6 +255,7 @@ def pieces(layout: Layout, pixels: Tensor) -> Iterator[tuple[Tensor, int]]:
             raise Refusal(
                 f"pixels of shape {tuple(pixels.shape)} do not divide over pictures of {pictures} visual tokens"
             )
+    assert sizes is not None
     for piece, index in zip(torch.split(pixels, sizes, axis), indices, strict=True):
         yield (piece[0], index) if pixels.dim() == 5 and len(piece) == 1 else (piece, index)
 
