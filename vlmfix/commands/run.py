@@ -49,8 +49,9 @@ def run(
     settings = generation.settings()
     todo = [_Pass(recipe, found, out, {**model.spec(), **settings}, retry_errors) for recipe in recipes]
     vlm = model.load() if any(each.items for each in todo) else None
-    for each in todo if vlm is not None else []:
-        with_recipe(vlm, each.recipe).close()  # a refusal comes before the first answer
+    if vlm is not None:
+        for each in todo:
+            with_recipe(vlm, each.recipe).close()  # a refusal comes before the first answer
     for each in todo:
         each.answer(vlm, batch_size, settings, as_json)
     if out is not None and as_json:
