@@ -1,1 +1,1 @@
-"""Numerical operations: each folder holds the definition (reference.py), the Triton form and the choice between them."""
+"""Numerical operations: a folder each with the definition (reference.py), the Triton form and the choice."""

@@ -1,0 +1,71 @@
+"""Which form of an operation runs: the one place that decides between Triton and PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton kernels run in Triton's CPU interpreter; fixed when the process starts."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Element types that the kernels take; any other runs in PyTorch."""
+
+launches: Counter[str] = Counter()
+"""Kernel launches by name: the proof that a test or benchmark ran the Triton form."""
+
+_forced: ContextVar[bool] = ContextVar("vlmfix_reference_only", default=False)
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Within the block every operation runs in its PyTorch form."""
+    token = _forced.set(True)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def use_triton(*tensors: Tensor) -> bool:
+    """Whether the Triton form serves these inputs: on a GPU (or interpreted), in a supported element type."""
+    if _forced.get() or any(x.dtype not in DTYPES for x in tensors):
+        return False
+    return has_triton() and (INTERPRETED or all(x.is_cuda for x in tensors))
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+@cache
+def multiprocessors(index: int | None) -> int:
+    """Multiprocessors of a CUDA device; 4 where there is none, so that interpreted runs exercise several splits."""
+    if INTERPRETED or not torch.cuda.is_available():
+        return 4
+    return torch.cuda.get_device_properties(index or 0).multi_processor_count
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: exact products for float32, tensor cores otherwise."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def must_cast(dtype: torch.dtype) -> bool:
+    """Whether loads are widened to float32: the interpreter's bfloat16 arithmetic is wrong."""
+    return INTERPRETED and dtype == torch.bfloat16
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """Smallest power of two that is at least n and `least`."""
+    return max(least, 1 << (n - 1).bit_length()) if n > 1 else max(least, 1)

@@ -1,0 +1,146 @@
+"""Grouped attention through the Triton kernels: packs plans, runs partial results and merge, hands out statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfix.kernels.grouped_attention import pack as packing
+from vlmfix.kernels.grouped_attention.pack import Digit, Packed
+from vlmfix.kernels.grouped_attention.triton import grouped_split
+from vlmfix.kernels.grouped_attention.triton_merge import grouped_masses, grouped_merge
+from vlmfix.kernels.grouped_attention.triton_tiles import grouped_tiles
+from vlmfix.kernels.rules import FusedRule
+from vlmfix.plan import Plan
+
+SPLIT_ROWS = 256
+"""Most tile rows per key/value head that the split kernel takes; with more, the tile kernel fills the machine."""
+
+WORKSPACE = 1 << 28
+"""Most bytes of partial results at once; longer prefills run in chunks of rows."""
+
+
+def evaluate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plans: Sequence[Plan],
+    mask: Tensor | None,
+    scale: float,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    causal: bool = True,
+    *,
+    spans: tuple[Tensor, Tensor] | None = None,
+    consecutive: bool = False,
+    packed: Packed | None = None,
+) -> Tensor:
+    """Grouped attention on the kernels; arguments up to `causal` and the result as in `reference.grouped_attention`.
+
+    Args:
+        q: [B, H, Q, D].
+        k: [B, Hkv, K, D].
+        v: [B, Hkv, K, Dv].
+        plans: at least one; `pack.unsupported` must have passed them.
+        mask: bool or additive float; None for causal.
+        scale: factor on q.k.
+        q_pos: [Q].
+        k_pos: [K].
+        softcap: soft cap of the scores.
+        sinks: [H].
+        causal: whether an absent mask means causal.
+        spans: first visible slot and slot after the last, each [B or 1, Q], beyond what mask and causality say.
+        consecutive: promises that k_pos counts up by one; keys outside the visible range are then not read.
+        packed: `pack.pack(plans, H)`, if the caller keeps it.
+
+    Returns:
+        [B, H, Q, Dv] in v's dtype.
+    """
+    packed = packing.pack(plans, q.shape[1]) if packed is None else packed
+    low, high = spans if spans is not None else (None, None)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    heads, queries, kinds = q.shape[1], q.shape[2], packed.kinds
+    tables: tuple[Any, ...] = (
+        packed.groups if packed.n_groups > 1 else None, packed.active, packed.tables, packed.key_slope,
+        packed.key_weight, packed.hidden, packed.roll_start, scale, softcap or 0.0, packed.n_groups,
+        list(packed.rolling), causal and mask is None, consecutive,
+    )  # fmt: skip
+    if queries * (heads // k.shape[1]) * kinds <= SPLIT_ROWS:
+        acc, stat = grouped_split(q, k, v, mask, q_pos, k_pos, low, high, *tables)
+        return finish(plans, packed, acc, stat, heads, q_pos, sinks, v.dtype)
+
+    direct = not any(plan.rule is not None or (plan.sink is not None and plan.statistics) for plan in plans)
+    per_row = 4 * q.shape[0] * heads * kinds * v.shape[3]
+    chunk = queries if direct else max(128, WORKSPACE // per_row // 128 * 128)
+    parts = []
+    for at in range(0, queries, chunk):
+        rows = slice(at, at + chunk)
+        part_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        part_low, part_high = (None, None) if low is None or high is None else (low[:, rows], high[:, rows])
+        part = (q[:, :, rows], k, v, part_mask, q_pos[rows], k_pos, part_low, part_high)
+        acc, stat, out = grouped_tiles(*part, *tables, packed.head_scale, sinks, direct)
+        parts.append(out if direct else finish(plans, packed, acc, stat, heads, q_pos[rows], sinks, v.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def finish(
+    plans: Sequence[Plan],
+    packed: Packed,
+    acc: Tensor,
+    stat: Tensor,
+    heads: int,
+    q_pos: Tensor,
+    sinks: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Output [B, H, Q, Dv] of partial results; the plans' sinks receive their statistics."""
+    weighted = packed.key_weight is not None
+    ruled = [digit for digit in packed.digits if digit.plan.rule is not None]
+    fused = ruled[0].plan.rule if len(ruled) == 1 and isinstance(ruled[0].plan.rule, FusedRule) else None
+    generic = bool(ruled) and fused is None
+    factors = None
+    if generic or any(plan.sink is not None and plan.statistics for plan in plans):
+        masses, lse = grouped_masses(stat, sinks, q_pos, heads, packed.n_groups, weighted)
+        _report(plans, packed, masses, lse)
+        factors = _factors(ruled, packed, masses, q_pos) if generic else None
+    if fused is None:
+        rule: tuple[Any, ...] = (None, "", 0, 1, 1, False)
+    else:
+        index = next(i for i, plan in enumerate(plans) if plan is ruled[0].plan)
+        rule = (fused.arguments, fused.name, index, ruled[0].radix, ruled[0].size, fused.pools_heads)
+    return grouped_merge(
+        acc, stat, factors, sinks, packed.head_scale, packed.active, q_pos, *rule, packed.n_groups, weighted, dtype
+    )
+
+
+def _report(plans: Sequence[Plan], packed: Packed, masses: Tensor, lse: Tensor) -> None:
+    digits = {id(digit.plan): digit for digit in packed.digits}
+    for plan in plans:
+        if plan.sink is not None and "lse" in plan.statistics:
+            plan.sink("lse", lse)
+        if plan.sink is not None and "mass" in plan.statistics:
+            own = packing.marginal(masses, digits[id(plan)], packed.n_groups)
+            plan.sink("mass", own[..., : plan.n_groups])
+
+
+def _factors(ruled: Sequence[Digit], packed: Packed, masses: Tensor, q_pos: Tensor) -> Tensor:
+    """[B, H, Q, R] product of the plans' factors; the weighted kinds carry the weighted factor of their plan."""
+    plain = torch.ones_like(masses[..., : packed.n_groups])
+    weighted = (
+        plain if packed.key_weight is not None and any(d.plan.key_weight is not None for d in ruled) else plain * 0
+    )
+    for digit in ruled:
+        plan = digit.plan
+        assert plan.rule is not None
+        asked = plan.rule(packing.marginal(masses, digit, packed.n_groups))
+        active = (q_pos[None, :] >= plan.active_from[:, None])[:, None, :, None]
+        on_groups = torch.where(active, packing.spread(asked, digit, packed.n_groups), 1.0)
+        plain = plain * on_groups
+        on_weighted = on_groups if plan.key_weight is None else torch.where(active, asked[..., plan.n_groups :], 0.0)
+        weighted = weighted * on_weighted
+    return plain if packed.key_weight is None else torch.cat([plain, weighted], -1)
