@@ -292,10 +292,11 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module, seed: int) -> None:
+def randomise(model: torch.nn.Module, seed: int, special: int = TEXT) -> None:
     """Draws weights such that activations neither vanish nor saturate and greedy margins are wide.
 
     Matrices get a deviation of 1/sqrt(inputs), embeddings 0.5; vectors are moved a little from their initial value.
+    The first `special` tokens get the logit 0.
     """
     generator = torch.Generator().manual_seed(seed)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -312,13 +313,13 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(noise * 0.5)
         elif head is not None and parameter is head.weight:
             parameter.copy_(noise * 3 / parameter.shape[1] ** 0.5)
-            parameter[:TEXT] = 0  # never the likeliest, so special tokens are not generated
+            parameter[:special] = 0  # never the likeliest, so special tokens are not generated
         else:
             inputs = parameter[0].numel() if parameter.dim() != 3 else max(parameter.shape[1:])
             parameter.copy_(noise / inputs**0.5)
 
 
-def construct(spec: Family, seed: int, over: Mapping[str, Any]) -> TinyVLM:
+def construct(spec: Family, seed: int, over: Mapping[str, Any], special: int = TEXT) -> TinyVLM:
     """Builds a new model of a family."""
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
@@ -326,7 +327,7 @@ def construct(spec: Family, seed: int, over: Mapping[str, Any]) -> TinyVLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-    randomise(model, seed)
+    randomise(model, seed, special)
     for module in (model, getattr(model, "language_model", None)):
         if module is not None and hasattr(module, "generation_config"):
             module.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=None)
