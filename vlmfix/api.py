@@ -275,8 +275,15 @@ def compile_for(parts: Parts, recipe: Recipe, processor: Any = None) -> Compiled
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         prefix=MASK_KINDS.get(parts.family) == MaskKind.PREFIX,
         sink_dims=lambda: sink_dims(parts, tokenizer),
+        tokenize=None
+        if tokenizer is None
+        else lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
     )
     return recipe.compile(facts, preset(getattr(parts.model.config, "_name_or_path", "") or ""))
+
+
+def _token_ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +30,7 @@ class ModelFacts:
         softcap: whether attention scores are soft-capped.
         prefix: whether prompt rows see text after them (no causal mask in prefill).
         sink_dims: finds the massive-activation dimensions of the residual stream, on demand.
+        tokenize: text -> token ids without special tokens; absent without a processor.
     """
 
     family: str
@@ -38,6 +40,7 @@ class ModelFacts:
     softcap: bool = False
     prefix: bool = False
     sink_dims: Any = field(default=None, repr=False, compare=False)
+    tokenize: Callable[[str], list[int]] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class LayerContext:
         hidden: [B, Q, width] residual stream entering the layer, for methods that read it.
         past: position of the first row of `hidden` (more than 0 in a chunked prefill).
         memory: the method's own notes on this layer; tensors with B rows follow beams.
+        notes: the method's notes on the whole generation (see `AttentionMethod.watch`).
         facts: the model.
     """
 
@@ -60,7 +64,43 @@ class LayerContext:
     hidden: Tensor | None
     past: int
     memory: dict[str, Tensor]
+    notes: dict[str, Tensor]
     facts: ModelFacts
+
+
+@dataclass(frozen=True)
+class Glance:
+    """The attention of one layer in one forward, to be looked at without building it.
+
+    Args:
+        context: the layer; `past` is the position of the first query.
+        query: [B, H, Q, D].
+        key: [B, Hkv, K, D].
+        rows: recomputes attention rows: (queries [n] indices into Q, or [B, n]) -> probabilities [B, H, n, K] float32.
+        k_pos: [K] sequence slots of the keys.
+    """
+
+    context: LayerContext
+    query: Tensor
+    key: Tensor
+    rows: Callable[[Tensor], Tensor]
+    k_pos: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of decoding, as a decoding method sees it.
+
+    Args:
+        number: 1 for the first generated token.
+        branches: per branch [B, V] float32 raw logits.
+        early: logits [B, V] float32 of the residual stream entering a layer named by `taps`; the second argument says
+            whether the model's final norm comes first.
+    """
+
+    number: int
+    branches: tuple[Tensor, ...]
+    early: Callable[[int, bool], Tensor]
 
 
 @dataclass(frozen=True)
@@ -102,7 +142,7 @@ class AttentionMethod(Method):
     """A method that asks for plans.
 
     Args:
-        on: rows it acts on: "visible", or "all" (branch rows too).
+        on: rows it acts on: "visible", "all" (branch rows too), or "branches".
     """
 
     kind: ClassVar[str] = "attention"
@@ -110,12 +150,12 @@ class AttentionMethod(Method):
     needs_picture: ClassVar[bool] = True
     scales_scores: ClassVar[bool] = False
 
-    on: Literal["visible", "all"] = field(default="visible", kw_only=True)
+    on: Literal["visible", "all", "branches"] = field(default="visible", kw_only=True)
 
     def resolve(self, facts: ModelFacts) -> Method:
         """Refuses models whose attention makes the method meaningless."""
-        if self.on not in ("visible", "all"):
-            raise UsageError(f"on={self.on!r}: give 'visible' or 'all'")
+        if self.on not in ("visible", "all", "branches"):
+            raise UsageError(f"on={self.on!r}: give 'visible', 'all' or 'branches'")
         if self.scales_scores and facts.softcap:
             raise Refusal(
                 f"{type(self).__name__.lower()} changes attention scores, which {facts.family} soft-caps; the "
@@ -131,6 +171,23 @@ class AttentionMethod(Method):
         """What the method asks of one layer; None to leave it alone."""
         raise NotImplementedError
 
+    def watches(self, depth: int) -> tuple[int, ...]:
+        """Layers whose attention the method looks at; before the plans of the same layer are asked for."""
+        return ()
+
+    def watch(self, glance: Glance, notes: dict[str, Tensor]) -> bool:
+        """Looks at a layer's attention in one forward.
+
+        Args:
+            glance: the attention.
+            notes: the method's notes on the whole generation; tensors with B rows follow beams. `LayerContext.notes`
+                shows them to `plan`.
+
+        Returns:
+            Whether plans made before must be made anew.
+        """
+        return False
+
 
 @dataclass(frozen=True)
 class DecodingMethod(Method):
@@ -142,13 +199,20 @@ class DecodingMethod(Method):
         """One view per branch; none when the weight is zero for the whole run."""
         return ()
 
-    def scores(self, logits: Tensor, branches: tuple[Tensor, ...], step: int) -> Tensor:
+    def taps(self, depth: int) -> tuple[int, ...]:
+        """Layers whose entering residual stream the method reads at the last position of every step."""
+        return ()
+
+    def attention(self) -> tuple[AttentionMethod, ...]:
+        """Attention methods that belong to it, on its branches for instance."""
+        return ()
+
+    def scores(self, logits: Tensor, step: Step) -> Tensor:
         """Scores of the next token.
 
         Args:
             logits: [B, V] float32 raw logits of the visible rows.
-            branches: per branch [B, V] float32.
-            step: 1 for the first generated token.
+            step: number, branches and early logits.
 
         Returns:
             [B, V] float32, -inf where a token is ruled out.

@@ -147,6 +147,9 @@ class Recipe:
                 layers.append(acting)
             elif isinstance(ready, DecodingMethod):
                 decoding.append(ready)
+                for part in ready.attention():
+                    attention.append(part)
+                    layers.append(frozenset(part.acts_on(facts.depth)) & frozenset(facts.heads))
             else:
                 raise Refusal(f"{name}: methods of kind {method.kind!r} cannot act yet")
         if len(decoding) > 1:

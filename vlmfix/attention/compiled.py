@@ -38,6 +38,16 @@ class Compiled:
         return () if self.decoding is None else self.decoding.branches()
 
     @cached_property
+    def taps(self) -> frozenset[int]:
+        """Layers whose entering residual stream the decoding method reads at every step."""
+        return frozenset() if self.decoding is None else frozenset(self.decoding.taps(self.facts.depth))
+
+    @cached_property
+    def watched_layers(self) -> frozenset[int]:
+        """Layers whose attention some method looks at."""
+        return frozenset().union(*(method.watches(self.facts.depth) for method in self.attention))
+
+    @cached_property
     def reading_layers(self) -> frozenset[int]:
         """Layers whose residual stream some method reads in prefill."""
         reading = (layers for method, layers in zip(self.attention, self.layers, strict=True) if method.reads_hidden)

@@ -41,7 +41,7 @@ def generate(
     settings.refuse(kwargs, branches=bool(compiled.views))
     request, prompt = open_request(parts, compiled, kwargs, global_tile)
     kwargs = {k: v for k, v in kwargs.items() if k != "visual_mask"}
-    if request.joint is not None:
+    if compiled.views:
         kwargs = _hidden_branches(request, prompt, kwargs)
     with serving(request):
         return call(**kwargs), request

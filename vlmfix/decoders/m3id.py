@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.decoders.contrast import contrast, keep, plausible
-from vlmfix.method import DecodingMethod, Method, ModelFacts, check_range
+from vlmfix.method import DecodingMethod, Method, ModelFacts, Step, check_range
 from vlmfix.view import View
 from vlmfix.views.text import WithoutPictures
 
@@ -56,10 +56,10 @@ class M3ID(DecodingMethod):
         """w_t = (1 - gamma_t) / gamma_t with gamma_t = exp(-lambda t), capped."""
         return min(math.expm1(min(self.forget_rate * step, 700.0)), self.max_weight)
 
-    def scores(self, logits: Tensor, branches: tuple[Tensor, ...], step: int) -> Tensor:
+    def scores(self, logits: Tensor, step: Step) -> Tensor:
         """Log-probabilities, contrasted."""
         own = logits.log_softmax(-1)
-        scores = contrast(own, branches[0].log_softmax(-1), self.weight(step)) if branches else own
+        scores = contrast(own, step.branches[0].log_softmax(-1), self.weight(step.number)) if step.branches else own
         if self.gate is not None:
             unsure = own.amax(-1, keepdim=True).exp() < self.gate
             return torch.where(unsure, scores, own)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlmfix.decoders.contrast import contrast, keep, plausible
 from vlmfix.errors import UsageError
-from vlmfix.method import DecodingMethod, Method, ModelFacts, check_range
+from vlmfix.method import DecodingMethod, Method, ModelFacts, Step, check_range
 from vlmfix.view import View
 from vlmfix.views.noise import STEPS, Noised
 
@@ -45,7 +45,7 @@ class VCD(DecodingMethod):
         """The same prompt with noised pictures."""
         return (Noised(self.noise_step, self.noise_seed),) if self.alpha else ()
 
-    def scores(self, logits: Tensor, branches: tuple[Tensor, ...], step: int) -> Tensor:
+    def scores(self, logits: Tensor, step: Step) -> Tensor:
         """Eq. 3 and 5 of the paper."""
-        scores = contrast(logits, branches[0], self.alpha) if branches else logits
+        scores = contrast(logits, step.branches[0], self.alpha) if step.branches else logits
         return keep(scores, plausible(logits, self.beta))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from vlmfix.kernels.grouped_attention import CHUNK, grouped_attention
+from vlmfix.kernels.grouped_attention.reference import probabilities
 from vlmfix.plan import Plan
 
 STATE = "vlmfix"
@@ -20,13 +23,56 @@ NAMES = {"sdpa": "vlmfix", "eager": "vlmfix_math"}
 """Original attention implementation -> ours, which delegates to it and builds the same masks."""
 
 
+@dataclass(frozen=True)
+class Look:
+    """The attention of one layer in one forward, recomputed row by row on demand.
+
+    Args:
+        query: [B, H, Q, D].
+        key: [B, Hkv, K, D].
+        mask: as transformers made it, or None.
+        scale: factor on q.k.
+        q_pos: [Q] slots of the queries.
+        how: softcap, sinks and causal.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scale: float
+    q_pos: Tensor
+    how: dict[str, Any]
+
+    @cached_property
+    def k_pos(self) -> Tensor:
+        """[K] slots of the keys: the last K of the sequence, or 0.. where the cache is longer than the sequence."""
+        keys = self.key.shape[2]
+        offset = (self.q_pos[-1] + 1 - keys).clamp(min=0)
+        return offset + torch.arange(keys, device=self.q_pos.device)
+
+    def rows(self, queries: Tensor) -> Tensor:
+        """Probabilities [B, H, n, K] float32 of some queries, indices [n] for all samples or [B, n]."""
+        query, mask = self.query, self.mask
+        if queries.dim() == 1:
+            query = query[:, :, queries]
+            mask = None if mask is None else mask[:, :, queries]
+        else:
+            index = queries[:, None, :, None]
+            query = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))
+            if mask is not None:
+                mask = mask.expand(query.shape[0], -1, -1, -1)
+                mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = None if mask is None else mask[..., : self.key.shape[2]]
+        return probabilities(query, self.key, mask, self.scale, self.q_pos[queries], self.k_pos, **self.how)
+
+
 class Request(Protocol):
     """What the attention function asks of the state of one generation."""
 
     q_pos: Tensor
     past: int
 
-    def visit(self, layer: int, query: Tensor, key: Tensor) -> tuple[tuple[Plan, ...], int]:
+    def visit(self, layer: int, look: Look) -> tuple[tuple[Plan, ...], int]:
         """Plans of a layer and the first query position any of them changes."""
         ...
 
@@ -63,7 +109,13 @@ def _attend(
     layer = getattr(module, "layer_idx", None)
     if request is None or layer is None:
         return original(module, query, key, value, mask, **kw)  # type: ignore[no-any-return]
-    plans, first = request.visit(layer, query, key)
+    scale = kw.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    causal = kw.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    how: dict[str, Any] = {"softcap": kw.get("softcap"), "sinks": kw.get("s_aux"), "causal": causal}
+    look = Look(query, key, mask, scale, request.q_pos, how)
+    plans, first = request.visit(layer, look)
     start = max(first - request.past, 0)
     if not plans or start >= query.shape[2]:
         out, weights = original(module, query, key, value, mask, **kw)
@@ -71,33 +123,11 @@ def _attend(
     parts: list[Tensor] = []
     if start:
         parts.append(original(module, query, key, value, mask, **kw)[0][:, :start])
-    scale = kw.get("scaling")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    causal = kw.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    k_pos = _key_positions(request.q_pos, key.shape[2])
     for a in range(start, query.shape[2], CHUNK):
-        rows = slice(a, a + CHUNK)
-        part_mask = None if mask is None else mask[:, :, rows, : key.shape[2]]
-        out = grouped_attention(
-            query[:, :, rows],
-            key,
-            value,
-            plans,
-            part_mask,
-            scale,
-            request.q_pos[rows],
-            k_pos,
-            softcap=kw.get("softcap"),
-            sinks=kw.get("s_aux"),
-            causal=causal,
-        )
+        at = slice(a, a + CHUNK)
+        part = None if mask is None else mask[:, :, at, : key.shape[2]]
+        q_pos = request.q_pos[at]
+        out = grouped_attention(query[:, :, at], key, value, plans, part, scale, q_pos, look.k_pos, **how)
         parts.append(out.transpose(1, 2))
     out = torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()
     return request.finish(layer, out), None
-
-
-def _key_positions(q_pos: Tensor, keys: int) -> Tensor:
-    """[K] slots of the keys: the last K of the sequence, or 0.. where the cache is still longer than the sequence."""
-    offset = (q_pos[-1] + 1 - keys).clamp(min=0)
-    return offset + torch.arange(keys, device=q_pos.device)

@@ -152,9 +152,9 @@ class _Probe:
         self.kv_heads: dict[int, int] = {}
         self.q_pos = torch.empty(0)
 
-    def visit(self, layer: int, query: Tensor, key: Tensor) -> tuple[tuple[Plan, ...], int]:
-        self.heads[layer] = query.shape[1]
-        self.kv_heads[layer] = key.shape[1]
+    def visit(self, layer: int, look: attend.Look) -> tuple[tuple[Plan, ...], int]:
+        self.heads[layer] = look.query.shape[1]
+        self.kv_heads[layer] = look.key.shape[1]
         return (), 0
 
     def finish(self, layer: int, out: Tensor) -> Tensor:

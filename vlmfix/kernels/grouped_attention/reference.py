@@ -43,12 +43,7 @@ def grouped_attention(
         [B, H, Q, Dv] in v's dtype; zeros on rows that see no key.
     """
     batch, heads, queries, _ = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    shared = q.to(dtype).unflatten(1, (k.shape[1], -1))
-    z = torch.einsum("bgrqd,bgkd->bgrqk", shared, k.to(dtype)).reshape(batch, heads, queries, -1) * scale
-    if softcap is not None:
-        z = torch.tanh(z / softcap) * softcap
-
+    z = _scores(q, k, scale, softcap)
     views = [_View.of(plan, q_pos, k_pos) for plan in plans]
     for view in views:
         z = view.scores(z)
@@ -60,16 +55,42 @@ def grouped_attention(
         if factor is not None:
             p = p * factor
     weights = p.unflatten(1, (k.shape[1], -1))
-    out = torch.einsum("bgrqk,bgkd->bgrqd", weights, v.to(dtype)).reshape(batch, heads, queries, -1)
+    out = torch.einsum("bgrqk,bgkd->bgrqd", weights, v.to(p.dtype)).reshape(batch, heads, queries, -1)
     for view in views:
         out = view.scaled(out)
     return out.to(v.dtype)
 
 
+def probabilities(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """Attention of a few queries, unchanged by any plan: [B, H, Q, K] float32; arguments as in `grouped_attention`.
+
+    `q_pos` may also be [B, Q], where every sample has queries of its own.
+    """
+    return _softmax(_masked(_scores(q, k, scale, softcap), mask, [], q_pos, k_pos, causal), sinks)[0]
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    shared = q.to(dtype).unflatten(1, (k.shape[1], -1))
+    z = torch.einsum("bgrqd,bgkd->bgrqk", shared, k.to(dtype)).flatten(1, 2) * scale
+    return z if softcap is None else torch.tanh(z / softcap) * softcap
+
+
 def _masked(z: Tensor, mask: Tensor | None, views: list[_View], q_pos: Tensor, k_pos: Tensor, causal: bool) -> Tensor:
     if mask is None:
         if causal:
-            z = z.masked_fill(k_pos[None, :] > q_pos[:, None], float("-inf"))
+            later = k_pos > q_pos[..., None]
+            z = z.masked_fill(later if q_pos.dim() == 1 else later[:, None], float("-inf"))
     elif mask.dtype == torch.bool:
         z = z.masked_fill(~mask, float("-inf"))
     else:

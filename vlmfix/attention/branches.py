@@ -1,0 +1,92 @@
+"""The forwards of a joint prompt: branch rows added to the keywords, taken off the outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfix.hf.branching import REPLACED, Joint, repeat_pictures
+from vlmfix.hf.inputs import TOKEN_KEYS
+
+
+class BranchRun:
+    """Keeps masks and positions of visible and branch rows from one forward to the next.
+
+    Args:
+        joint: the joint prompt.
+        prompt_length: K of the visible prompt.
+    """
+
+    def __init__(self, joint: Joint, prompt_length: int) -> None:
+        self.joint = joint
+        self.prompt_length = prompt_length
+        self.repeats = 1
+        self._mask = joint.mask
+        self._last = joint.positions[..., -1:]
+
+    def first(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The prefill: one row per sample and branch, however often generate has repeated them."""
+        self.repeats = _rows(kwargs) // self.joint.visible
+        return {**self._rest(kwargs), **self.joint.inputs}
+
+    def again(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Without a cache: the whole joint prompt again, with the tokens generated so far."""
+        joint, ids = self.joint, kwargs["input_ids"]
+        n = ids.shape[0] // joint.visible
+        new = ids[:, self.prompt_length :].repeat(joint.copies, 1)
+        out = self._rest(kwargs)
+        pictures: dict[str, Any] = {}
+        for key, value in joint.inputs.items():
+            if key == "position_ids":
+                continue
+            if key in ("input_ids", "attention_mask", *TOKEN_KEYS):
+                more = new if key == "input_ids" else torch.full_like(new, int(key == "attention_mask"))
+                out[key] = torch.cat([value.repeat_interleave(n, 0), more.to(value.dtype)], 1)
+            else:
+                pictures[key] = value
+        base = joint.positions.repeat_interleave(n, -2)
+        ahead = base[..., -1:] + torch.arange(1, new.shape[1] + 1, device=ids.device)
+        pictures = repeat_pictures(joint.layout, pictures, n) if n > 1 else pictures
+        return {**out, **pictures, "position_ids": torch.cat([base, ahead], -1)}
+
+    def following(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A step with a cache: every branch is fed the visible rows' tokens."""
+        ids: Tensor = kwargs["input_ids"].repeat(self.joint.copies, 1)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(ids.shape)], 1)
+        positions = self._last + torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        self._last = positions[..., -1:]
+        out = {k: v for k, v in kwargs.items() if k not in REPLACED}
+        for key in TOKEN_KEYS:
+            if isinstance(out.get(key), Tensor):
+                out[key] = out[key][:, -ids.shape[1] :].repeat(self.joint.copies, 1)
+        return {**out, "input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
+
+    def spread(self, output: Any) -> Tensor:
+        """After a prefill: logits, cache, masks and positions repeated for beams or return sequences."""
+        n, logits = self.repeats, output.logits
+        cache = output.get("past_key_values")
+        if n > 1 and cache is not None:
+            cache.repeat(n, logits.shape[0], logits.device)
+            self._mask = self._mask.repeat_interleave(n, 0)
+            self._last = self._last.repeat_interleave(n, -2)
+        spread: Tensor = logits.repeat_interleave(n, 0)
+        return spread
+
+    def trim(self, output: Any, visible: int) -> None:
+        """Cuts hidden states and attentions, where asked for, to the visible rows."""
+        for key in ("hidden_states", "attentions"):
+            values = output.get(key)
+            if values:
+                n = visible // self.joint.visible if values[0].shape[0] == len(self.joint.mask) else 1
+                output[key] = tuple(v[: visible // n].repeat_interleave(n, 0) for v in values)
+
+    def _rest(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        known = (*REPLACED, *TOKEN_KEYS, *self.joint.inputs)
+        return {k: v for k, v in kwargs.items() if k not in known}
+
+
+def _rows(kwargs: dict[str, Any]) -> int:
+    entry: Any = kwargs.get("input_ids")
+    return int((entry if entry is not None else kwargs["inputs_embeds"]).shape[0])
