@@ -8,6 +8,7 @@ import pytest
 
 from vlmfix import __version__, registry
 from vlmfix.commands import COMMANDS
+from vlmfix.hf.families import FAMILIES
 
 HEAVY = ("torch", "transformers", "numpy")
 
@@ -26,7 +27,7 @@ def test_no_torch(arguments):
         f"print(code, [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stderr.strip() == "0 []"
+    assert done.stderr.splitlines()[-1] == "0 []"
     assert done.stdout.strip()
 
 
@@ -77,3 +78,15 @@ def test_unknown_command_names_the_nearest(vlmfix_says):
     result = vlmfix_says("compre")
     assert result.exit_code == 2
     assert "compare" in result.stderr
+
+
+def test_models(vlmfix_says):
+    listed = vlmfix_says("models")
+    assert "qwen2_5_vl" in listed.stdout
+    assert "untested: --all lists them" in listed.stderr
+    rows = json.loads(vlmfix_says("models", "--all", "--json").stdout)
+    assert [row["name"] for row in rows] == list(FAMILIES)
+    assert "min_transformers: " in vlmfix_says("models", "llava").stdout
+    wrong = vlmfix_says("models", "lava")
+    assert wrong.exit_code == 2
+    assert "did you mean llava" in wrong.stderr
