@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlmfix.errors import PictureError
@@ -138,7 +137,9 @@ def _not_a_picture(path: Path) -> str:
 
 
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:
-    values: np.ndarray[Any, Any] = np.asarray(image)
+    import numpy as np  # here, so that the command line's help stays quick
+
+    values: Any = np.asarray(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray((values.astype(np.float32) / 257).round().astype(np.uint8))
     if image.mode == "F" and np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1:
