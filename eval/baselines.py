@@ -85,7 +85,7 @@ def controls(recipes: Sequence[str], contrastive: Mapping[str, str]) -> list[Arm
         recipes: recipe texts of the table.
         contrastive: contrastive method -> name of its strength.
     """
-    masked = {}
+    masked: dict[str, None] = {}
     for recipe in recipes:
         for method, strength in contrastive.items():
             if method in methods_of(recipe):
@@ -168,7 +168,7 @@ def with_value(recipe: str, method: str, key: str, value: Any) -> str:
         raise UsageError(f"recipe {recipe!r} has no method {method!r}; it has {', '.join(methods_of(recipe))}")
     for name, arguments in _parts(recipe):
         if name == method:
-            kept = [a for a in _split(arguments, ",") if a.strip() and a.partition("=")[0].strip() != key]
+            kept = [a for a in split(arguments, ",") if a.strip() and a.partition("=")[0].strip() != key]
             arguments = ", ".join([*(a.strip() for a in kept), f"{key}={value!r}"])
         parts.append(f"{name}({arguments})" if arguments else name)
     return "+".join(parts)
@@ -192,7 +192,7 @@ DERIVED: Mapping[str, Callable[[Record, float], str]] = {
 def _parts(recipe: str) -> list[tuple[str, str]]:
     """(method, arguments) of each part of a recipe text."""
     found = []
-    for part in _split(recipe, "+"):
+    for part in split(recipe, "+"):
         match = _METHOD.fullmatch(part)
         if not match:
             raise UsageError(f"{part!r} in the recipe {recipe!r} is not METHOD or METHOD(key=value, ...)")
@@ -200,7 +200,7 @@ def _parts(recipe: str) -> list[tuple[str, str]]:
     return found
 
 
-def _split(text: str, mark: str) -> list[str]:
+def split(text: str, mark: str) -> list[str]:
     """Pieces between marks that stand outside brackets and quotes."""
     pieces, depth, quote = [""], 0, ""
     for c in text:

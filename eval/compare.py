@@ -212,9 +212,11 @@ def compare(
     for place, entry in enumerate(rows, -1):
         figures, cells = entry.score.figures(), {}
         for name, value in figures.items():
-            gap = gaps[place].get(name) if place >= 0 else None
-            p = adjusted.get((place, name)) if gap else None
-            cells[name] = Cell(value, gap, p, _verdict(name, gap, p, 1 - level))
+            if name in guards.COST and value != value:
+                continue  # not recorded
+            found = gaps[place].get(name) if place >= 0 else None
+            p = adjusted.get((place, name)) if found else None
+            cells[name] = Cell(value, found, p, _verdict(name, found, p, 1 - level))
         if entry.peak_mib is not None:
             cells["peak_mib"] = Cell(entry.peak_mib)
         warnings = _warnings(cells, metrics, bounds or Bounds())
@@ -283,9 +285,9 @@ def _warnings(cells: Mapping[str, Cell], metrics: Sequence[str], bounds: Bounds)
             flaws.append(f"length {change:+.0f} % (bound -{bounds.length:g} %)")
     for name, sign in (("rep_4", 1), ("distinct_4", -1), ("empty", 1), ("unparsed", 1), ("yes_ratio", 0)):
         if name in moved:
-            gap, bound = moved[name].difference, getattr(bounds, name)
-            if (sign * gap if sign else abs(gap)) > bound:
-                flaws.append(f"{name} {gap:+.1f} (bound {'±' if not sign else '+' if sign > 0 else '-'}{bound:g})")
+            change, bound = moved[name].difference, getattr(bounds, name)
+            if (sign * change if sign else abs(change)) > bound:
+                flaws.append(f"{name} {change:+.1f} (bound {'±' if not sign else '+' if sign > 0 else '-'}{bound:g})")
     found = [f"gain ({', '.join(gains)}) comes with {', '.join(flaws)}"] if gains and flaws else []
     if "rep_4" in cells and cells["rep_4"].value >= LOOPING:
         found.append(f"answers loop: {cells['rep_4'].value:.1f} % of 4-grams are repeats")

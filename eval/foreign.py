@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UsageError
 from .base import Item
+from .benchmarks import Benchmark
+from .benchmarks.files import Problems
 from .guards import Record
+
+_FATAL = ("answers whose id", "repeated answers", "records without text", "errors")
 
 
 def parse_add(text: str) -> tuple[str, Path]:
@@ -25,47 +29,47 @@ def parse_add(text: str) -> tuple[str, Path]:
     return name.strip(), path
 
 
-def checked(name: str, records: Sequence[Record], items: Sequence[Item]) -> tuple[dict[str, Record], list[str]]:
-    """Foreign records by item id, if they answer exactly these questions.
+def checked(
+    name: str, records: Sequence[Record], benchmark: Benchmark, items: Sequence[Item]
+) -> tuple[list[Record], list[str]]:
+    """Foreign records under the items' ids, if they answer exactly these questions.
 
     Args:
         name: the row's name, for messages.
         records: each with `id` and `text`, and `prompt` if the file has it.
-        items: the benchmark's items.
+        benchmark: finds the item of each record.
+        items: the items of the table, all of the benchmark's or its first ones.
 
     Returns:
-        The records by id, and notes on what could not be checked.
+        One record per item, in their order, and notes on what could not be checked.
 
     Raises:
         UsageError: if ids are missing, unknown or repeated, a text is missing, or a prompt differs.
     """
-    known: dict[str, Item] = {item.id: item for item in items}
-    found: dict[str, Record] = {}
-    unprompted = 0
-    for number, record in enumerate(records, 1):
-        key = str(record.get("id"))
-        if key not in known:
-            raise UsageError(f"{name}: record {number} answers item {key!r}, which the benchmark does not have")
-        if key in found:
-            raise UsageError(f"{name}: item {key!r} is answered twice, the second time in record {number}")
-        if not isinstance(record.get("text"), str):
-            raise UsageError(f"{name}: record {number} (item {key!r}) has no text")
-        prompt = record.get("prompt")
-        unprompted += prompt is None
-        if prompt is not None and str(prompt).strip() != known[key].prompt.strip():
-            raise UsageError(
-                f"{name}: item {key!r} was asked {str(prompt)!r}, here it is asked {known[key].prompt!r}; "
-                "answers to other prompts cannot be compared"
-            )
-        found[key] = {**record, "id": key}
-    missing = [key for key in known if key not in found]
+    problems = Problems()
+    replies = {reply.item.id: reply for reply in benchmark.replies(records, problems)}
+    for kind, names in problems.kinds.items():
+        if kind.startswith(_FATAL):
+            raise UsageError(f"{name} cannot be compared: {len(names)} {kind}: {', '.join(names[:5])}")
+    missing = [item.id for item in items if item.id not in replies]
     if missing:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise UsageError(f"{name}: {len(missing)} of {len(known)} items are not answered: {some}")
+        raise UsageError(f"{name} cannot be compared: {len(missing)} of {len(items)} items are not answered: {some}")
+    found: list[Record] = []
+    unprompted = 0
+    for item in items:
+        record = replies[item.id].record
+        prompt = record.get("prompt")
+        unprompted += prompt is None
+        if prompt is not None and _bare(str(prompt)) != _bare(item.prompt):
+            raise UsageError(
+                f"{name} cannot be compared: item {item.id!r} was asked {str(prompt)!r}, "
+                f"here it is asked {item.prompt!r}"
+            )
+        found.append({**record, "id": item.id})
     notes = [f"the prompts of {unprompted} answers are not recorded and could not be checked"] if unprompted else []
     return found, notes
 
 
-def by_id(records: Sequence[Record]) -> Mapping[str, Record]:
-    """Records by item id."""
-    return {str(record["id"]): record for record in records}
+def _bare(prompt: str) -> str:
+    return " ".join(prompt.replace("<image>", " ").split())

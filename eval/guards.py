@@ -15,6 +15,7 @@ from .benchmarks.text import METRICS, quality
 Record = Mapping[str, Any]
 TEXT = ("length", "rep_4", "distinct_4", "empty")
 COST = ("ms_per_token", "prefill_ms", "extra_rows", "peak_mib")
+_READ = ("seconds", "tokens", "prefill_seconds", "extra_rows")
 
 
 def text_score(items: Sequence[Item], records: Mapping[str, Record]) -> Score:
@@ -41,26 +42,25 @@ def text_score(items: Sequence[Item], records: Mapping[str, Record]) -> Score:
 
 
 def cost_score(items: Sequence[Item], records: Mapping[str, Record]) -> Score:
-    """Cost of answers as a score; a figure that not every record can give is left out.
+    """Cost of answers as a score; a figure that not every record can give is nan.
 
     Read from a record: `seconds` (wall time, an item's share of its batch), `tokens` (new), `prefill_seconds`,
     `extra_rows` (rows of the batch beyond the visible ones, per item). Metrics: `ms_per_token` all time over all
     tokens, `prefill_ms` and `extra_rows` means.
     """
     kept = [item for item in items if item.id in records]
-    keys = ("seconds", "tokens", "prefill_seconds", "extra_rows")
-    known = [key for key in keys if all(isinstance(records[item.id].get(key), (int, float)) for item in kept)]
-    columns = ["timed", *known]
-    values = [[1.0, *(float(records[item.id][key]) for key in known)] for item in kept]
-    metrics = {}
-    if "seconds" in known and "tokens" in known:
-        metrics["ms_per_token"] = _thousandfold("seconds", "tokens")
-    if "prefill_seconds" in known:
-        metrics["prefill_ms"] = _thousandfold("prefill_seconds", "timed")
-    if "extra_rows" in known:
-        metrics["extra_rows"] = ratio("extra_rows", "timed", percent=False)
-    array = np.array(values, dtype=np.float64).reshape(len(values), len(columns))
-    return Score([item.id for item in kept], [item.image for item in kept], columns, array, metrics)
+    values = [[1.0, *(_number(records[item.id].get(key)) for key in _READ)] for item in kept]
+    return Score(
+        ids=[item.id for item in kept],
+        clusters=[item.image for item in kept],
+        columns=("timed", *_READ),
+        values=np.array(values, dtype=np.float64).reshape(len(values), 1 + len(_READ)),
+        metrics={
+            "ms_per_token": _thousandfold("seconds", "tokens"),
+            "prefill_ms": _thousandfold("prefill_seconds", "timed"),
+            "extra_rows": ratio("extra_rows", "timed", percent=False),
+        },
+    )
 
 
 def peak_mib(records: Mapping[str, Record]) -> float | None:
@@ -106,6 +106,10 @@ def _renamed(metric: Any, names: Mapping[str, str]) -> Any:
     if all(old == new for old, new in names.items()):
         return metric
     return lambda sums: metric({old: sums[new] for old, new in names.items()})
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else float("nan")
 
 
 def _thousandfold(numerator: str, denominator: str) -> Any:

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 from vlmfix.eval import compare, figures, foreign, guards, table
 from vlmfix.eval.base import Item, Score, ratio
+from vlmfix.eval.benchmarks.answers import match
 
 from vlmfix.errors import UsageError
 
@@ -91,7 +92,9 @@ def test_costs_are_blank_unless_every_record_has_them():
         "q0": {"seconds": 1.0, "tokens": 10, "extra_rows": 1},
         "q1": {"seconds": 3.0, "tokens": 30, "prefill_seconds": 0.1},
     }
-    assert guards.cost_score(items, both).figures() == {"ms_per_token": 100.0}
+    assert guards.cost_score(items, both).figures() == pytest.approx(
+        {"ms_per_token": 100.0, "prefill_ms": float("nan"), "extra_rows": float("nan")}, nan_ok=True
+    )
     one = {"q1": {"seconds": 3.0, "tokens": 30, "prefill_seconds": 0.1, "extra_rows": 2}}
     assert guards.cost_score(items, one).figures() == {"ms_per_token": 100.0, "prefill_ms": 100.0, "extra_rows": 2.0}
     assert guards.peak_mib(both) is None
@@ -248,22 +251,37 @@ def test_ticks_enclose(low, high):
     assert 2 <= len(ticks) <= 8
 
 
+class Plain:
+    """A benchmark that finds items by id."""
+
+    label, max_new_tokens = "plain", 512
+
+    def items(self):
+        return ITEMS
+
+    def replies(self, records, problems):
+        return match(ITEMS, records, problems)
+
+
 def test_foreign_answers_must_answer_the_same_questions(tmp_path):
-    good = [{"id": item.id, "text": "a dog", "prompt": item.prompt + " "} for item in ITEMS]
-    found, notes = foreign.checked("HALC", good, ITEMS)
-    assert list(found) == [item.id for item in ITEMS]
+    good = [{"id": item.id, "text": "a dog", "prompt": "<image>\n" + item.prompt} for item in ITEMS]
+    found, notes = foreign.checked("HALC", good, Plain(), ITEMS)
+    assert [record["id"] for record in found] == [item.id for item in ITEMS]
     assert notes == []
-    bare = [{"id": item.id, "text": "a dog"} for item in ITEMS]
-    assert "80 answers are not recorded" in foreign.checked("HALC", bare, ITEMS)[1][0]
+    bare = [{"id": item.id, "text": ""} for item in reversed(ITEMS)]
+    found, notes = foreign.checked("HALC", bare, Plain(), ITEMS[:5])
+    assert [record["id"] for record in found] == ["q0", "q1", "q2", "q3", "q4"]
+    assert "5 answers are not recorded" in notes[0]
     for records, message in [
-        (good[1:], "HALC: 1 of 80 items are not answered: q0"),
-        ([*good, good[0]], "'q0' is answered twice, the second time in record 81"),
-        ([*good, {"id": "x", "text": ""}], "record 81 answers item 'x'"),
-        ([{**good[0], "prompt": "What is it?"}, *good[1:]], "was asked 'What is it"),
-        ([{"id": "q0"}, *good[1:]], "has no text"),
+        (good[1:], "HALC cannot be compared: 1 of 80 items are not answered: q0"),
+        ([*good, good[0]], "1 repeated answers: q0"),
+        ([*good, {"id": "x", "text": ""}], "1 answers whose id is not in the benchmark: x"),
+        ([{**good[0], "prompt": "What is it?"}, *good[1:]], "'q0' was asked 'What is it"),
+        ([{"id": "q0"}, *good[1:]], "1 records without text: q0"),
+        ([{"id": "q0", "error": "e"}, *good[1:]], "1 errors"),
     ]:
         with pytest.raises(UsageError, match=message):
-            foreign.checked("HALC", records, ITEMS)
+            foreign.checked("HALC", records, Plain(), ITEMS)
     (tmp_path / "halc.jsonl").write_text("")
     assert foreign.parse_add(f"HALC={tmp_path}/halc.jsonl") == ("HALC", tmp_path / "halc.jsonl")
     with pytest.raises(UsageError, match="not NAME=FILE"):

@@ -1,0 +1,142 @@
+"""The runner's view of a vlmfix model."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import Refusal, UsageError
+from .base import Item
+from .baselines import Arm
+from .store import Record
+from .world import alone, world
+
+Placebo = Callable[[str, str, int], Any]
+"""(recipe text, kind of placebo, seed) -> the recipe that does it."""
+
+_RUN_ONLY = ("placebo", "placebo_seed")
+
+
+class VlmAnswerer:
+    """Answers with `vlm.answer`.
+
+    Args:
+        vlm: what `vlmfix.load` or `vlmfix.wrap` returned.
+        name: what the user called the model; part of the run's hash.
+    """
+
+    def __init__(self, vlm: Any, name: str = "") -> None:
+        self.vlm = vlm
+        self.name = name or str(getattr(vlm.model.config, "_name_or_path", "") or type(vlm.model).__name__)
+
+    def answer(self, items: Sequence[Item], images: Sequence[Any], settings: Mapping[str, Any]) -> list[Record]:
+        """See `runner.Answerer`; `eos_bias` becomes a bias of the end tokens."""
+        generation = {key: value for key, value in settings.items() if key not in _RUN_ONLY}
+        if "system" in generation and "system" not in inspect.signature(self.vlm.answer).parameters:
+            raise UsageError("this model's answer takes no system prompt; use the picture protocol hf")
+        if bias := generation.pop("eos_bias", 0.0):
+            generation["sequence_bias"] = [[[token], float(bias)] for token in self._ends()]
+        memory = _Memory(getattr(self.vlm.model, "device", None))
+        answers = self.vlm.answer(
+            list(images), [item.prompt for item in items], ids=[item.id for item in items], details=True, **generation
+        )
+        peak = memory.peak()
+        return [self._record(item, answer, peak) for item, answer in zip(items, answers, strict=True)]
+
+    def describe(self) -> dict[str, Any]:
+        """Fields of `Spec` that the model decides, its evidence grade and family."""
+        from ..hf.processors import render
+
+        config, processor = self.vlm.model.config, self.vlm.processor
+        quantised = getattr(config, "quantization_config", None)
+        return {
+            "model": self.name,
+            "revision": getattr(config, "_commit_hash", None),
+            "recipe": str(self.vlm.recipe),
+            "recipe_json": self.vlm.recipe.to_json(),
+            "processor": _jsonable(processor.to_dict()),
+            "template": render(processor, "{prompt}", 1),
+            "weights": {
+                "dtype": str(self.vlm.model.dtype).removeprefix("torch."),
+                "quantization": _jsonable(getattr(quantised, "to_dict", lambda: quantised)()),
+            },
+            "grade": self.vlm.recipe.evidence,
+            "family": getattr(config, "model_type", ""),
+        }
+
+    def _record(self, item: Item, answer: Any, peak: int | None) -> Record:
+        record: Record = {"id": item.id, "image": item.image, "prompt": item.prompt, "text": answer.text}
+        record |= {"recipe": str(self.vlm.recipe), "tokens": answer.tokens, "seconds": answer.seconds}
+        record |= {"extra_rows": answer.report.get("branches", 0), "report": answer.report}
+        for key in ("margin", "prefill_seconds"):
+            value = answer.evidence.get(key, getattr(answer, key, None))
+            if value is not None:
+                record[key] = float(value)
+        return record | ({"peak_bytes": peak} if peak is not None else {})
+
+    def _ends(self) -> list[int]:
+        ends = self.vlm.model.generation_config.eos_token_id
+        if ends is None:
+            raise Refusal(f"{self.name} has no end token, so that an end bias cannot act")
+        return list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+
+class Opener:
+    """Loads a model once and wraps it for each arm of a table.
+
+    Args:
+        model: Hub id, folder or `pico`.
+        placebo: makes placebo recipes; placebo arms are refused without it.
+        load: further keywords of `vlmfix.load`.
+    """
+
+    def __init__(self, model: str, placebo: Placebo | None = None, **load: Any) -> None:
+        self.model, self.placebo, self.load = model, placebo, load
+        self._plain: Any = None
+
+    def __call__(self, arm: Arm) -> VlmAnswerer:
+        """The answerer of an arm; the one before it should be closed first.
+
+        Raises:
+            Refusal: for a recipe that cannot act on the model, or a placebo that nothing can make.
+        """
+        from ..api import load, wrap
+
+        recipe: Any = arm.recipe
+        if kind := arm.settings.get("placebo"):
+            if self.placebo is None:
+                raise Refusal(f"{arm.name}: the placebo {kind!r} is not available for this recipe; leave it out")
+            recipe = self.placebo(arm.recipe, kind, arm.settings.get("placebo_seed", 0))
+        if self._plain is None:
+            options = dict(self.load)
+            if not {"device", "device_map"} & set(options):
+                options["device"] = world().device()
+            with alone():
+                self._plain = load(self.model, **options)
+        return VlmAnswerer(wrap(self._plain.model, self._plain.processor, recipe), self.model)
+
+
+class _Memory:
+    """Highest memory over what is held at the start, on a GPU."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = device if getattr(device, "type", "") == "cuda" else None
+        if self.device is not None:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.start = torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int | None:
+        if self.device is None:
+            return None
+        import torch
+
+        return torch.cuda.max_memory_allocated(self.device) - self.start
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON values of a configuration; anything else as its text."""
+    return json.loads(json.dumps(value, default=str))
