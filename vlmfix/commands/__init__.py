@@ -48,16 +48,16 @@ class _Lazy(TyperGroup):
 
 
 def _command(name: str) -> Any:
-    target, text = COMMANDS[name]
-    module, _, function = target.partition(":")
-    single = typer.Typer(add_completion=False)
-    single.command(name, help=text)(spread(getattr(importlib.import_module(module), function)))
+    module, _, function = COMMANDS[name][0].partition(":")
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name)(spread(getattr(importlib.import_module(module), function)))
     return typer.main.get_command(single)
 
 
 app = typer.Typer(
     cls=_Lazy,
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Vision-language models hallucinate less while they decode, without training.",
 )

@@ -31,7 +31,7 @@ def compare(
     methods: Methods = "greedy; var; vcd",
     as_json: Json = False,
 ) -> None:
-    """Answers one prompt with several recipes; later answers show what changed against the first."""
+    """Answer one prompt with several recipes; later answers show what changed against the first."""
     import vlmfix.pictures as pictures
     from vlmfix.items import Item
 

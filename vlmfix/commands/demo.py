@@ -44,7 +44,7 @@ def demo(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures answered together.")] = 8,
     as_json: Json = False,
 ) -> None:
-    """Captions and yes/no questions about drawn scenes, hallucinated objects marked, per recipe."""
+    """Caption drawn scenes and answer yes/no questions about them, per recipe, with invented objects marked."""
     from vlmfix.eval.benchmarks.chair import Chair
     from vlmfix.eval.benchmarks.pope import Pope
 

@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def env(as_json: Json = False) -> None:
-    """Prints what decides results and belongs into a report of a problem."""
+    """Print what decides results and belongs into a report of a problem."""
     facts = gather()
     if as_json:
         emit(facts)

@@ -17,7 +17,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Show the settings of this method only.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Lists the methods, or the settings of one."""
+    """List the methods that recipes are made of, or show the settings of one."""
     rows = [row for row in ROWS if name in (None, row.name)]
     if not rows:
         raise UsageError(f"unknown method {name!r}{nearest(str(name), [row.name for row in ROWS])}")

@@ -20,7 +20,7 @@ def models(
     everything: Annotated[bool, typer.Option("--all", help="List untested families too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Lists the families of models: tested, refused and why, and with --all the untested."""
+    """List the families of models: tested, refused and why, and with --all the untested."""
     if name is not None and name not in FAMILIES:
         raise UsageError(f"unknown family {name!r}{nearest(name, FAMILIES)}")
     rows = [row for row in FAMILIES.values() if name in (None, row.name)]

@@ -28,7 +28,9 @@ class ModelOptions:
 
     model: Annotated[str, typer.Option("--model", "-m", help="'pico' (bundled), a Hub id or a folder.")] = "pico"
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best one by default.")] = None
-    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; as the checkpoint by default.")] = None
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}; by default bfloat16 on a GPU, float32 elsewhere.")
+    ] = None
     device_map: Annotated[str | None, typer.Option(help="Spread a large model over devices: auto, balanced.")] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint.")] = None
     quantize: Annotated[str | None, typer.Option(help="Load the weights quantised: 4bit or 8bit.")] = None

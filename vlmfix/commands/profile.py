@@ -28,7 +28,7 @@ def profile(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs, after one that warms up; the median counts.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Times the first token (picture, prompt and prefill) and every further token, per recipe."""
+    """Time the first token (picture, prompt and prefill) and every further token, per recipe."""
     import vlmfix.pictures as pictures
 
     recipes = parse_recipes(methods)

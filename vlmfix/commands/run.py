@@ -34,7 +34,17 @@ def run(
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again where --out holds an error.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Answers prompts about pictures."""
+    """Answer prompts about a picture, a folder of pictures or a prompt file.
+
+    Prompts come from --prompt, from the columns `image` and `prompt` of a .jsonl, .csv or .tsv file (in a folder:
+    prompts.jsonl, prompts.csv or prompts.tsv), or from name.txt beside name.jpg, one prompt a line. A --prompt may hold
+    columns, as in "Is this a {title}?", or {name}, {stem} and {prompt} of a picture.
+
+    Answers go to stdout, or with --out to a file: one JSON object a line, written as they come. A run that was stopped
+    goes on where it stopped when the same command is given again. What cannot be answered becomes an error record.
+
+    Exit code: 0 all answered, 1 some failed, 2 wrong usage.
+    """
     recipes = parse_recipes(method)
     found = collect(source, prompt)
     for line in found.notes:
