@@ -15,18 +15,18 @@ from torch import Tensor
 from vlmfix.kernels.dispatch import launches, power_of_two
 from vlmfix.kernels.grouped_attention.arguments import common
 from vlmfix.kernels.grouped_attention.triton import LOG2E, member, visible
-from vlmfix.kernels.grouped_attention.visits import all_visits, visits
+from vlmfix.kernels.grouped_attention.visits import all_visits, owners, visits
 
 
 @triton.jit
 def key_scores(z, b, h, group, pos, keys, active, tables, key_slope, n_batch, n_heads, n_table, slope_heads,
                G: tl.constexpr, P: tl.constexpr, TABLES: tl.constexpr, KEY_SLOPE: tl.constexpr):  # fmt: skip
-    """Scores [M, N] of one head after the slopes and biases of P plans; `group` is [1, N] or [M, N]."""
+    """Scores [M, N] of one head after the slopes and biases of P plans; `group` is a number, [1, N] or [M, N]."""
     for p in tl.static_range(P):
         new = z
-        at = tables + ((p * 3 * n_batch + b) * n_heads + h) * G + group
-        step = n_batch * n_heads * G
         if TABLES:
+            at = tables + ((p * 3 * n_batch + b) * n_heads + h) * G + group
+            step = n_batch * n_heads * G
             new = z * tl.where(z >= 0, tl.load(at), tl.load(at + step))
         if KEY_SLOPE:
             line = (p * n_batch + b) * slope_heads + tl.minimum(h, slope_heads - 1)
@@ -43,7 +43,7 @@ def _tiles(
     Q, K, V, Mask, QPos, KPos, Low, High, Groups, Active, Tables, KeySlope, KeyWeight, Hidden, RollStart,
     scale, softcap, floor, n_batch, n_heads, n_kv, n_q, n_k, n_table, slope_heads,
     q_b, q_h, q_q, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_q, span_b,
-    Order, Ranks, HeadScale, Sinks, Acc, Stat, Out, n_tiles, o_b, o_h, o_q,
+    Order, Ranks, Owner, HeadScale, Sinks, Acc, Stat, Out, n_tiles, o_b, o_h, o_q,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr,
     TABLES: tl.constexpr, KEY_SLOPE: tl.constexpr, WEIGHTS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -91,7 +91,8 @@ def _tiles(
             clean_last = tl.minimum(tl.min(tl.where(row_ok, pos, 2147483646), 0) + 1 - base, clean_last)
     elif CAUSAL or SPANS:
         clean_last = 0
-    NEVER_CLEAN: tl.constexpr = MASK > 0 or (ROLL and R > 1)
+    LISTED: tl.constexpr = R > 1 or (TABLES and G > 1)
+    NEVER_CLEAN: tl.constexpr = MASK > 0 or (ROLL and LISTED)
     for n in tl.static_range(HIDDEN):
         at = Hidden + n * 3 * n_batch + b
         blind = tl.max(pos, 0) >= tl.load(at)
@@ -104,9 +105,10 @@ def _tiles(
     tile_b = tl.maximum(tl.minimum(clean_last // N, tile_last), tile_a)
     mixed = 0
     mixed_at = 0
-    if R > 1:
-        ranks = Ranks + (b * G + g) * 2 * (n_tiles + 1)
-        order = Order + (b * G + g) * n_tiles
+    if LISTED:
+        line = b * G + g if R > 1 else b
+        ranks = Ranks + line * 2 * (n_tiles + 1)
+        order = Order + line * n_tiles
         more = ranks + n_tiles + 1
         mixed_at = tl.load(ranks + n_tiles) + tl.load(more + tile_first)
         mixed = tl.load(more + tile_last) - tl.load(more + tile_first)
@@ -128,7 +130,7 @@ def _tiles(
                 tile = tl.where(i < before + after, tile, mixed_at + i - before - after)
             else:
                 tile = tile_a + i
-            if R > 1:
+            if LISTED:
                 tile = tl.load(order + tile)
             j = tile * N + tl.arange(0, N)
             j_ok = j < n_k
@@ -144,30 +146,17 @@ def _tiles(
             z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             if SOFTCAP:
                 z = softcap * (1 - 2 / (tl.exp2(z * (2 * LOG2E / softcap)) + 1))
-            if TABLES or KEY_SLOPE or (masked and R > 1):
+            if masked and G > 1:
                 group = member(
                     b, pos, keys, Groups, RollStart, n_table, G, ROLL, RADIX, SIZE, ROLL_GROUP, NEAREST, FARTHEST
                 )
-            if TABLES or KEY_SLOPE:
-                z = key_scores(
-                    z,
-                    b,
-                    h,
-                    group,
-                    pos,
-                    keys,
-                    Active,
-                    Tables,
-                    KeySlope,
-                    n_batch,
-                    n_heads,
-                    n_table,
-                    slope_heads,
-                    G,
-                    P,
-                    TABLES,
-                    KEY_SLOPE,
-                )
+            sole = g
+            if LISTED and R == 1 and not masked:
+                sole = tl.load(Owner + b * n_tiles + tile).to(tl.int32)
+            z = key_scores(
+                z, b, h, group if masked and R == 1 and G > 1 else sole, pos, keys, Active, Tables, KeySlope, n_batch,
+                n_heads, n_table, slope_heads, G, P, TABLES, KEY_SLOPE,
+            )  # fmt: skip
             if masked:
                 ok = visible(row_ok[:, None] & j_ok[None, :], b, pos, keys, Hidden, n_batch, CAUSAL, HIDDEN)
                 if SPANS:
@@ -245,10 +234,18 @@ def grouped_tiles(
     acc, stat, out = _results(q, k, v, n_groups, key_weight is not None, direct)
     kinds = stat.shape[-1] // (queries * (heads // k.shape[1]))
     config = _config(q, v)
-    order, ranks = (None, None) if kinds == 1 else _lists(groups, k_pos, n_groups, roll_start is not None, config["N"])
+    order = ranks = owner = None
+    if groups is not None and (kinds > 1 or tables is not None):
+        own = torch.nn.functional.pad(groups, (0, 1))[:, k_pos.clamp(max=groups.shape[1])]
+        if roll_start is not None:
+            order, ranks = all_visits(batch, own.shape[1], 1 if direct else n_groups, config["N"], k_pos.device)
+        elif direct:
+            order, ranks, owner = owners(own, config["N"])
+        else:
+            order, ranks = visits(own, n_groups, config["N"])
     launches["grouped_tiles"] += 1
     _tiles[(triton.cdiv(queries, config["M"]), batch * heads, kinds)](
-        *leading, order, ranks, head_scale, sinks, acc, stat, out, 0 if order is None else order.shape[2],
+        *leading, order, ranks, owner, head_scale, sinks, acc, stat, out, 0 if order is None else order.shape[2],
         *(out.stride()[:3] if direct else (0, 0, 0)), R=kinds, WEIGHTS=key_weight is not None and not direct,
         HEAD_SCALE=head_scale is not None, SINKS=sinks is not None, DIRECT=direct, **constants, **config,
     )  # fmt: skip
@@ -258,14 +255,6 @@ def grouped_tiles(
 @grouped_tiles.register_fake
 def _(q, k, v, mask, q_pos, k_pos, low, high, groups, active, tables, key_slope, key_weight, *rest):
     return _results(q, k, v, rest[4], key_weight is not None, rest[-1])
-
-
-def _lists(groups: Tensor | None, k_pos: Tensor, n_groups: int, rolling: bool, step: int) -> tuple[Tensor, Tensor]:
-    if groups is None:
-        groups = k_pos.new_zeros(1, 1, dtype=torch.uint8)
-    if rolling:
-        return all_visits(groups.shape[0], k_pos.shape[0], n_groups, step, k_pos.device)
-    return visits(torch.nn.functional.pad(groups, (0, 1))[:, k_pos.clamp(max=groups.shape[1])], n_groups, step)
 
 
 def _results(
@@ -283,7 +272,8 @@ def _results(
 def _config(q: Tensor, v: Tensor) -> dict[str, int]:
     """Launch configuration."""
     wide = max(q.shape[-1], v.shape[-1]) * q.element_size()
-    queries = power_of_two(min(q.shape[2], 128 if wide <= 256 else 64), 16)
+    most = 128 if wide <= 256 else 64 if q.element_size() == 2 else 32
+    queries = power_of_two(min(q.shape[2], most), 16)
     return {
         "M": queries,
         "N": max(16, min(64, 16384 // wide)),
