@@ -94,12 +94,14 @@ class Step:
     Args:
         number: 1 for the first generated token.
         branches: per branch [B, V] float32 raw logits.
+        tapped: the layers of `DecodingMethod.taps`, ascending.
         early: logits [B, V] float32 of the residual stream entering a layer named by `taps`; the second argument says
             whether the model's final norm comes first.
     """
 
     number: int
     branches: tuple[Tensor, ...]
+    tapped: tuple[int, ...]
     early: Callable[[int, bool], Tensor]
 
 

@@ -47,6 +47,7 @@ class Request:
         self.layers_touched: list[set[int]] = []
         self.steps = 0
         self._branches = None if joint is None else BranchRun(joint, layout.length)
+        self._taps = tuple(sorted(compiled.taps))
         self._tapped: dict[int, Tensor] = {}
         self._notes: dict[int, dict[str, Tensor]] = {}
         self._prefilling = True
@@ -81,12 +82,14 @@ class Request:
         blocks: tuple[Tensor, ...] = (output.logits,)
         if run is not None:
             logits = output.logits if self.steps > 1 else run.spread(output)
+            if self.steps == 1 and run.repeats > 1 and output.get("past_key_values") is not None:
+                self._repeat(run.repeats)
             blocks = torch.split(logits, logits.shape[0] // self.copies)
             run.trim(output, blocks[0].shape[0])
             output["logits"] = blocks[0]
         if method is not None:
             last, *branches = (block[:, -1].float() for block in blocks)
-            scores = method.scores(last, Step(self.steps, tuple(branches), self._early(len(last))))
+            scores = method.scores(last, Step(self.steps, tuple(branches), self._taps, self._early(len(last))))
             output["logits"] = torch.cat([blocks[0][:, :-1].float(), scores[:, None]], 1)
         return output
 
@@ -217,7 +220,10 @@ class Request:
             self.layers_touched[i].add(layer)
         self._plans[layer] = tuple(plans)
         starts = [t for plan in plans for t in (plan.active_from, *(part.query_from for part in plan.hidden))]
-        self._first[layer] = int(torch.stack(starts).min()) if starts else NEVER
+        if self._prefilling:
+            self._first[layer] = int(torch.stack(starts).min()) if starts else NEVER
+        else:  # every row of a decoding step lies past the prompt; asking the device would wait for it
+            self._first[layer] = 0 if starts else NEVER
 
     def _context(self, index: int, layer: int, heads: int, hidden: Tensor | None) -> LayerContext:
         memory = self._memory.setdefault((index, layer), {})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.errors import Refusal
-from vlmfix.hf.inputs import Prompt, change_pixels, edit, gather
+from vlmfix.hf.inputs import Prompt, by_row, change_pixels, edit, gather
 from vlmfix.hf.parts import Parts
 from vlmfix.layout import Layout
 from vlmfix.view import View
@@ -155,17 +155,9 @@ def _embed(parts: Parts, inputs: dict[str, Any]) -> Tensor:
 
 
 def repeat_pictures(layout: Layout, pictures: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Picture inputs for rows repeated in place (beams without a cache).
-
-    Raises:
-        Refusal: rows hold different numbers of pictures, so that the order cannot be told.
-    """
-    per_row = set(layout.n_images.tolist()) - {0}
-    if len(per_row) > 1:
-        raise Refusal("beams without a cache need the same number of pictures in every row; set use_cache=True")
-    with_pictures = int((layout.n_images > 0).sum())
+    """Picture inputs for rows repeated in place (beams without a cache), each tensor cut by row first."""
     out: dict[str, Any] = {}
     for key, value in pictures.items():
-        blocks = value.unflatten(0, (with_pictures, -1))
-        out[key] = blocks.repeat_interleave(repeats, 0).flatten(0, 1)
+        rows = by_row(layout, value)
+        out[key] = torch.cat([row for row in rows for _ in range(repeats)])
     return out

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 
 @dataclass
@@ -75,9 +76,16 @@ def _remembering(original: Any, owner: Any) -> Any:
         if memory.key != key:
             memory.value = original(owner(), *args, **kwargs)
             memory.key = key
-        return memory.value
+        return _own(memory.value)
 
     return encode
+
+
+def _own(value: Any) -> Any:
+    """A copy that generate may change: it replaces fields in place when it repeats rows."""
+    if isinstance(value, ModelOutput):
+        return type(value)(**{k: list(v) if isinstance(v, list) else v for k, v in value.items()})
+    return list(value) if isinstance(value, list) else value
 
 
 def _content(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -260,6 +260,28 @@ def pieces(layout: Layout, pixels: Tensor) -> Iterator[tuple[Tensor, int]]:
         yield (piece[0], index) if pixels.dim() == 5 and len(piece) == 1 else (piece, index)
 
 
+def by_row(layout: Layout, values: Tensor) -> list[Tensor]:
+    """A picture input cut along its first axis into one part per row with pictures.
+
+    Raises:
+        Refusal: the axis counts neither rows nor pictures nor anything in proportion to visual tokens.
+    """
+    tokens = [
+        [int((layout.images[b] == i).sum()) for i in range(n)] for b, n in enumerate(layout.n_images.tolist()) if n
+    ]
+    sizes = _shares(values.shape[0], [n for row in tokens for n in row])
+    if sizes is not None:
+        counts, rest = [len(row) for row in tokens], iter(sizes)
+        sizes = [sum(next(rest) for _ in range(n)) for n in counts]
+    else:
+        sizes = _shares(values.shape[0], [sum(row) for row in tokens])
+    if sizes is None and values.shape[0] == layout.rows:
+        return list(torch.split(values, 1))
+    if sizes is None:
+        raise Refusal(f"picture input of shape {tuple(values.shape)} cannot be cut by row; set use_cache=True")
+    return list(torch.split(values, sizes))
+
+
 def _shares(total: int, tokens: list[int]) -> list[int] | None:
     """`total` divided one each, or in proportion to token counts; None where neither fits."""
     if total == len(tokens):

@@ -23,3 +23,35 @@ class WithoutPictures(View):
         """All text positions."""
         triples = enumerate(zip(row.kinds, row.structure, strict=True))
         return [i for i, (kind, frame) in triples if kind != Kind.VISUAL and not frame]
+
+
+@dataclass(frozen=True)
+class Inserted(View):
+    """The same pictures with other text.
+
+    Args:
+        ids: tokens that come in.
+        place: "first" after the first token (which may open the sequence), "system" instead of the text before the
+        first
+            picture, "last" behind the last picture; rows without a picture take them first.
+    """
+
+    ids: tuple[int, ...]
+    place: str = "first"
+
+    def text(self, row: RowText) -> list[int | tuple[int]]:
+        """The edited row."""
+        new: list[int | tuple[int]] = [(token,) for token in self.ids]
+        old = list(range(len(row.ids)))
+        visual = [i for i in old if row.kinds[i] == Kind.VISUAL]
+        if not visual or self.place == "first":
+            return [*old[:1], *new, *old[1:]]
+        if self.place == "last":
+            end = visual[-1] + 1
+            while end < len(old) and row.structure[end]:
+                end += 1
+            return [*old[:end], *new, *old[end:]]
+        start = visual[0]
+        while start > 1 and row.structure[start - 1]:
+            start -= 1
+        return [*old[:1], *new, *old[start:]]
