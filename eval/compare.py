@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 
 from ..errors import UsageError
 from . import guards, stats
 from .base import Item, Score
 from .guards import Record
+from .judge import Bounds, direction, warnings
 
-HIGHER = frozenset(
-    [
-        "accuracy",
-        "acc",
-        "acc_plus",
-        "aacc",
-        "qacc",
-        "facc",
-        "precision",
-        "recall",
-        "f1",
-        "auroc",
-        "cover",
-        "amber",
-        "score",
-        "rating",
-    ]
-)
-LOWER = frozenset(
-    ["chair", "chair_s", "chair_i", "chairs", "chairi", "hal", "cog", "hallucination_rate", "hallucination"]
-)
 SHARES = ("unparsed", "yes_ratio")
-LOOPING = 10.0
-"""Mean share of repeated 4-grams, in %, from which answers count as loops whatever the reference does."""
 
 
 @dataclass(frozen=True)
@@ -59,31 +35,6 @@ class Row:
     peak_mib: float | None = None
     seeds: Sequence[Score] = ()
     notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How far a guard may move before a gain counts as bought; points, `length` in % of the reference.
-
-    Args:
-        recall: largest fall of recall or cover.
-        length: largest fall of the mean length, looked at where the reference has at least `words` words.
-        words: see `length`.
-        rep_4: largest rise of repeated 4-grams.
-        distinct_4: largest fall of distinct 4-grams.
-        empty: largest rise of the share of empty answers.
-        unparsed: largest rise of the share of answers that could not be parsed.
-        yes_ratio: largest move of the yes ratio, either way.
-    """
-
-    recall: float = 2.0
-    length: float = 20.0
-    words: float = 8.0
-    rep_4: float = 2.0
-    distinct_4: float = 2.0
-    empty: float = 1.0
-    unparsed: float = 1.0
-    yes_ratio: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -210,33 +161,21 @@ def compare(
     adjusted = dict(zip(tested, stats.holm([gaps[place][name].p for place, name in tested]), strict=True))
     lines = []
     for place, entry in enumerate(rows, -1):
-        figures, cells = entry.score.figures(), {}
+        figures, moved, cells = entry.score.figures(), gaps[place] if place >= 0 else {}, {}
         for name, value in figures.items():
             if name in guards.COST and value != value:
                 continue  # not recorded
-            found = gaps[place].get(name) if place >= 0 else None
+            found = moved.get(name)
             p = adjusted.get((place, name)) if found else None
             cells[name] = Cell(value, found, p, _verdict(name, found, p, 1 - level))
         if entry.peak_mib is not None:
             cells["peak_mib"] = Cell(entry.peak_mib)
-        warnings = _warnings(cells, metrics, bounds or Bounds())
-        lines.append(
-            Line(entry.name, entry.kind, entry.grade, cells, warnings, [*entry.notes, *_seeds(entry, metrics)])
-        )
+        told = warnings(figures, moved, metrics, bounds or Bounds())
+        lines.append(Line(entry.name, entry.kind, entry.grade, cells, told, [*entry.notes, *_seeds(entry, metrics)]))
     shown = [name for name in (*SHARES, *guards.TEXT, *guards.COST) if any(name in line.cells for line in lines)]
     count = len([p for p in adjusted.values() if p == p])
     score = reference.score
     return Comparison(title, metrics, shown, lines, len(score.ids), len(set(score.clusters)), count, level, notes)
-
-
-def direction(metric: str) -> int:
-    """1 if more is better, -1 if less is, 0 if unknown; a name's last known word decides (`random accuracy`)."""
-    words = re.split(r"[\s/:.]+", re.sub(r"[-\[(]", "_", metric.lower()).replace("+", "_plus"))
-    for word in reversed(words):
-        word = word.strip("_)]")
-        if word in HIGHER or word in LOWER:
-            return 1 if word in HIGHER else -1
-    return 0
 
 
 def _common(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
@@ -265,38 +204,6 @@ def _verdict(name: str, gap: stats.Difference | None, p: float | None, size: flo
     if gap is None or p is None or not p < size or not abs(gap.difference) >= gap.detectable:
         return ""
     return "better" if gap.difference * direction(name) > 0 else "worse"
-
-
-def _warnings(cells: Mapping[str, Cell], metrics: Sequence[str], bounds: Bounds) -> list[str]:
-    """Guards beyond their bounds in a row with a gain; loops always."""
-    moved = {name: cell.difference for name, cell in cells.items() if cell.difference is not None}
-    gains = [
-        f"{name} {gap.difference:+.1f}"
-        for name in metrics
-        if (gap := moved.get(name)) and direction(name) and _gain(gap, direction(name))
-    ]
-    flaws = []
-    for name in metrics:
-        if re.search(r"recall|cover", name.lower()) and name in moved and moved[name].difference < -bounds.recall:
-            flaws.append(f"{name} {moved[name].difference:+.1f} (bound -{bounds.recall:g})")
-    if "length" in moved and moved["length"].reference >= bounds.words:
-        change = 100 * moved["length"].difference / moved["length"].reference
-        if change < -bounds.length:
-            flaws.append(f"length {change:+.0f} % (bound -{bounds.length:g} %)")
-    for name, sign in (("rep_4", 1), ("distinct_4", -1), ("empty", 1), ("unparsed", 1), ("yes_ratio", 0)):
-        if name in moved:
-            change, bound = moved[name].difference, getattr(bounds, name)
-            if (sign * change if sign else abs(change)) > bound:
-                flaws.append(f"{name} {change:+.1f} (bound {'±' if not sign else '+' if sign > 0 else '-'}{bound:g})")
-    found = [f"gain ({', '.join(gains)}) comes with {', '.join(flaws)}"] if gains and flaws else []
-    if "rep_4" in cells and cells["rep_4"].value >= LOOPING:
-        found.append(f"answers loop: {cells['rep_4'].value:.1f} % of 4-grams are repeats")
-    return found
-
-
-def _gain(gap: stats.Difference, sign: int) -> bool:
-    ends = [end * sign for end in (gap.low, gap.high)]
-    return gap.difference * sign > 0 and (min(ends) > 0 if isfinite(sum(ends)) else True)
 
 
 def _seeds(entry: Row, metrics: Sequence[str]) -> list[str]:

@@ -7,7 +7,8 @@ from html import escape
 from math import floor, isfinite, log10
 
 from ..errors import UsageError
-from .compare import Comparison, direction
+from .compare import Comparison
+from .judge import direction
 
 _STYLE = "font-family='sans-serif' font-size='12'"
 _INK = {"better": "#1a7f37", "worse": "#b42318", "": "#444"}

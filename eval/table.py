@@ -9,7 +9,8 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, nearest
-from .compare import Cell, Comparison, direction
+from .compare import Cell, Comparison
+from .judge import direction
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -55,12 +56,12 @@ def build(comparison: Comparison, metrics: Sequence[str] | None = None) -> Table
 
     Args:
         comparison: what `compare` returned.
-        metrics: the benchmark's columns to print; all by default. The guard columns always follow.
+        metrics: the benchmark's columns to print; all but variants in brackets by default. The guard columns follow.
 
     Raises:
         UsageError: for a metric that the comparison does not have.
     """
-    chosen = list(comparison.metrics if metrics is None else metrics)
+    chosen = [name for name in comparison.metrics if "[" not in name] if metrics is None else list(metrics)
     for name in chosen:
         if name not in comparison.metrics:
             raise UsageError(f"no metric {name!r} in this table{nearest(name, comparison.metrics)}")

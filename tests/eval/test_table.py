@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 from rich.console import Console
-from vlmfix.eval import compare, figures, foreign, guards, table
+from vlmfix.eval import compare, figures, foreign, guards, judge, table
 from vlmfix.eval.base import Item, Score, ratio
 from vlmfix.eval.benchmarks.answers import match
 
@@ -167,11 +167,12 @@ def test_yes_bias_warns():
         ("CHAIRs", -1),
         ("yes_ratio", 0),
         ("recall", 1),
-        ("acc+", 1),
+        ("color/acc+", 1),
+        ("f1[strict]", 0),
     ],
 )
 def test_directions(name, sign):
-    assert compare.direction(name) == sign
+    assert judge.direction(name) == sign
 
 
 def test_rows_are_cut_to_common_items_and_the_rest_is_named():
