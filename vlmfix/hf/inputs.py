@@ -241,7 +241,8 @@ def pieces(layout: Layout, pixels: Tensor) -> Iterator[tuple[Tensor, int]]:
     """
     per_row = layout.n_images.tolist()
     order = [i for n in per_row for i in range(n)]
-    axis = pixels.dim() - 1 if pixels.shape[0] == 1 and len(order) > 1 else 0
+    packed = pixels.dim() == 4 and pixels.shape[0] == 1 and len(order) > 1  # patches of all pictures side by side
+    axis = 3 if packed else 0
     if pixels.dim() == 5 and pixels.shape[0] == layout.rows:
         sizes: list[int] | None = [1] * layout.rows
         indices = [0] * layout.rows
