@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, nearest
-from .benchmarks import Benchmark
 from .benchmarks.files import Problems, read_objects
 
 Row = Mapping[str, Any]
@@ -103,34 +102,6 @@ def read_answers(path: str | Path, problems: Problems, format: str = "auto") -> 
     if not records:
         raise UsageError(f"no row of {path} is an answer in the format {format}; leave the format to be found out")
     return records
-
-
-def same_questions(benchmark: Benchmark, ours: Iterable[Row], theirs: Iterable[Row], problems: Problems) -> None:
-    """Refuses foreign answers to other questions than ours, so that they can stand in one table.
-
-    Args:
-        benchmark: both were made for.
-        ours: records of a run.
-        theirs: records of the file to add.
-        problems: takes answers whose prompt the log does not say.
-
-    Raises:
-        UsageError: if items or prompts differ, naming them.
-    """
-    mine = {reply.item.id: reply.record for reply in benchmark.replies(ours, Problems())}
-    other = {reply.item.id: reply.record for reply in benchmark.replies(theirs, Problems())}
-    lacking, extra = sorted(mine.keys() - other.keys()), sorted(other.keys() - mine.keys())
-    if lacking or extra:
-        raise UsageError(
-            f"other items: {len(lacking)} of ours have no answer there ({', '.join(lacking[:3])}), {len(extra)} of "
-            f"theirs none here ({', '.join(extra[:3])}); score both on their common items"
-        )
-    for name, record in other.items():
-        asked, said = (str(r.get("prompt") or "").strip() for r in (mine[name], record))
-        if not said:
-            problems.add("added answers whose prompt is not known", name)
-        elif asked and asked != said:
-            raise UsageError(f"{name} was asked {said!r} there and {asked!r} here; rerun with one prompt for all rows")
 
 
 def _first(doc: Mapping[str, Any], keys: Iterable[str]) -> str | None:

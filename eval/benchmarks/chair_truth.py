@@ -94,19 +94,26 @@ def _lexicon(scorer: str, categories: Iterable[str], synonyms: Mapping[str, Sequ
 
 
 def finder(truth: Truth) -> Find:
-    """Items by picture number, by the number in a COCO picture's name, or by file name."""
+    """Items by picture number, by the number in a COCO picture's name, or by file name.
+
+    The picture decides where a log numbers its rows; an id that is neither number nor file belongs to another
+    benchmark.
+    """
     stems = {Path(name).stem: key for key, name in truth.files.items()}
 
+    def key_of(name: object) -> str | None:
+        stem = Path(str(name)).stem
+        number = number_of(stem) if re.fullmatch(r"COCO_\w+|\d+", stem) else None
+        if stem.startswith("COCO_") and not re.search(r"\d{12}$", Path(truth.files.get(str(number), "")).stem):
+            number = None  # a number of COCO's says nothing about pictures numbered otherwise
+        return next((key for key in (stems.get(stem), str(name), number) if key in truth.objects), None)
+
     def find(record: Record) -> str | None:
-        for name in (record.get("image"), record.get("id")):
-            if name is not None:
-                key = stems.get(Path(str(name)).stem) or (str(name) if str(name) in truth.objects else None)
-                number = (
-                    number_of(name) if key is None and re.match(r"(COCO_|\d+(\.\w+)?$)", Path(str(name)).name) else None
-                )
-                if key or number in truth.objects:
-                    return key or number
-        return None
+        name, image = record.get("id"), record.get("image")
+        own = None if name is None else key_of(name)
+        if image is None or (name is not None and own is None and not str(name).isdigit()):
+            return own
+        return key_of(image) or own
 
     return find
 

@@ -225,9 +225,7 @@ def read_questions(path: str | Path, problems: Problems) -> list[Question]:
             raise UsageError(f"{path}: question {number} needs image, text and label yes or no, has {sorted(row)}")
         text = str(row["text"])
         if "imange" in text:
-            problems.add(
-                f"questions of {Path(path).name} with the misprint `imange`, mended", row.get("question_id", number)
-            )
+            problems.add("questions with the misprint `imange`, mended", f"{Path(path).name}:{number}")
         rows.append((str(row["image"]), text.replace("imange", "image"), label))
     if len(rows) == 2910:
         problems.add("old question file of 2,910 rows, not comparable with those of 3,000", Path(path).name)
