@@ -64,7 +64,7 @@ def test_methods(vlmfix_says):
     assert "alpha = 1.0" in one
     wrong = vlmfix_says("methods", "vdc")
     assert wrong.exit_code == 2
-    assert "did you mean vcd?" in wrong.stderr
+    assert "did you mean vcd" in wrong.stderr
 
 
 def test_env(vlmfix_says):

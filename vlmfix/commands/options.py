@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from vlmfix.errors import UsageError, nearest
+from vlmfix.errors import UsageError
 
 if TYPE_CHECKING:
     from vlmfix.api import FixedVLM
     from vlmfix.recipe import Recipe
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Methods = Annotated[str, typer.Option("--methods", help="Recipes, separated by ';'.")]
@@ -29,7 +27,8 @@ class ModelOptions:
     model: Annotated[str, typer.Option("--model", "-m", help="'pico' (bundled), a Hub id or a folder.")] = "pico"
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best one by default.")] = None
     dtype: Annotated[
-        str | None, typer.Option(help=f"{', '.join(DTYPES)}; by default bfloat16 on a GPU, float32 elsewhere.")
+        str | None,
+        typer.Option(help="auto, float32, bfloat16, float16; by default bfloat16 on a GPU, float32 elsewhere."),
     ] = None
     device_map: Annotated[str | None, typer.Option(help="Spread a large model over devices: auto, balanced.")] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint.")] = None
@@ -47,8 +46,6 @@ class ModelOptions:
         Raises:
             VlmfixError: it cannot be loaded; the message says why and what to do.
         """
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, DTYPES)}")
         settings = key_values(self.processor)
         from vlmfix.api import load
 
