@@ -16,9 +16,6 @@ from rich.table import Table
 WIDE = 160
 """Columns when stdout is no terminal and COLUMNS is not set."""
 
-SHORT = 20
-"""Longest cell that a table keeps on one line."""
-
 ALL_ANSWERED, SOME_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes."""
 
@@ -52,12 +49,10 @@ def fail(error: Exception, code: int = WRONG_USAGE) -> int:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
-    """A plain table; cells are taken literally, and short ones are never broken."""
-    lines = [[escape(cell) for cell in row] for row in rows]
+    """A plain table; cells are taken literally, those of the first column never broken."""
     made = Table(title=title, box=None, pad_edge=False, title_justify="left", header_style="bold")
     for index, name in enumerate(columns):
-        longest = max((len(line[index]) for line in lines), default=0)
-        made.add_column(name, no_wrap=longest <= SHORT)
-    for line in lines:
-        made.add_row(*line)
+        made.add_column(name, no_wrap=index == 0, overflow="fold")
+    for row in rows:
+        made.add_row(*map(escape, row))
     return made

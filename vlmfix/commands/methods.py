@@ -24,14 +24,14 @@ def methods(
     if as_json:
         emit([asdict(row) for row in rows])
     elif name is None:
-        show(table(["method", "kind", "what it does", "cost", "evidence", "paper"], map(cells, rows)))
+        show(table(["method", "kind", "what it does", "cost", "evidence", "arXiv"], map(cells, rows)))
     else:
         typer.echo(details(rows[0]))
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """A method's line in tables."""
-    return row.name, row.kind, row.summary, row.cost, row.evidence, f"arXiv:{row.paper}" if row.paper else ""
+    return row.name, row.kind, row.summary, row.cost, row.evidence, row.paper
 
 
 def details(row: Row) -> str:
