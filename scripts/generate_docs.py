@@ -4,7 +4,7 @@
     python scripts/generate_docs.py --check    # exit code 1 if a file is not what would be written
     python scripts/generate_docs.py --capture  # first run the commands that README.md shows, and keep their output
 
-In docs/templates/README.md, {{methods}} and {{output NAME}} stand for what is filled in.
+In docs/templates/README.md, {{methods}}, {{families}} and {{output NAME}} stand for what is filled in.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def generated() -> dict[Path, str]:
 def readme() -> str:
     """The template with its places filled in."""
     text = (ROOT / "docs" / "templates" / "README.md").read_text("utf-8")
-    text = text.replace("{{methods}}", method_table())
+    tested = sum(family.status == "tested" for family in FAMILIES.values())
+    text = text.replace("{{methods}}", method_table()).replace("{{families}}", str(tested))
     return re.sub(r"\{\{output (\w+)\}\}", lambda match: shown(match[1]), text)
 
 

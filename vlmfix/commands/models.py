@@ -12,7 +12,7 @@ from vlmfix.commands.options import Json
 from vlmfix.errors import UsageError, nearest
 from vlmfix.hf.families import FAMILIES, Family
 
-COLUMNS = ("family", "decoder", "visual tokens per picture", "mask", "extra branches", "without torchvision", "status")
+COLUMNS = ("family", "decoder", "visual tokens per picture", "mask", "branches", "without torchvision", "status")
 
 
 def models(
