@@ -72,6 +72,10 @@ QWEN_IMAGES = {
 IDEFICS_TOKENS = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
 IDEFICS_TOKENS += [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
 IDEFICS_IMAGES = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+GLM_TOKENS = ["image", "video", "begin_of_image", "end_of_image", "begin_of_video", "end_of_video"]
+GLM_IDS = ["image", "video", "image_start", "image_end", "video_start", "video_end"]
+MINICPM_TOKENS = ["image", "video", "image_start", "image_end", "slice_start", "slice_end"]
+MINICPM_TOKENS += ["image_id_start", "image_id_end"]
 
 
 def qwen(processor: str) -> Recipe:
@@ -125,6 +129,38 @@ RECIPES = {
         ("VideoLlama3ImageProcessor", {"patch_size": 4, "merge_size": 2, "min_pixels": 64, "max_pixels": 1024}),
         ("VideoLlama3Processor", {}),
         PLAIN.replace("<image>", "<|image_pad|>"),
+    ),
+    "glm4v": Recipe(
+        [f"<|{name}|>" for name in GLM_TOKENS],
+        {f"{name}_token_id": f"<|{token}|>" for name, token in zip(GLM_IDS, GLM_TOKENS, strict=True)},
+        ("Glm4vImageProcessor", QWEN_IMAGES),
+        ("Glm4vProcessor", {}),
+        PLAIN.replace("<image>", "<|begin_of_image|><|image|><|end_of_image|>"),
+    ),
+    "llava_next_video": Recipe(
+        ["<image>", "<video>"],
+        {"image_token_index": "<image>", "video_token_index": "<video>"},
+        (
+            "LlavaNextImageProcessor",
+            {
+                "size": {"shortest_edge": 8},
+                "crop_size": {"height": 8, "width": 8},
+                "image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]],
+            },
+        ),
+        (
+            "LlavaNextVideoProcessor",
+            {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        ),
+        PLAIN,
+    ),
+    "minicpmv4_6": Recipe(
+        [f"<{name}>" for name in MINICPM_TOKENS],
+        {"image_token_id": "<image>", "video_token_id": "<video>"},
+        ("MiniCPMV4_6ImageProcessor", {"patch_size": 4, "scale_resolution": 32, "max_slice_nums": 2}),
+        ("MiniCPMV4_6Processor", {}),
+        PLAIN,
+        {f"{name}_token": f"<{name}>" for name in MINICPM_TOKENS},
     ),
     "internvl": Recipe(
         ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],

@@ -65,13 +65,18 @@ _TESTED = (
         notes="visual features are added again after the first layers (DeepStack): prune after those",
     ),
     Family("internvl", "any", "tiles x patches/4", processor="image-only"),
-    Family("idefics3", "any", "tiles x patches/scale²", notes="one run of visual tokens per tile"),
+    Family(
+        "idefics3",
+        "any",
+        "tiles x patches/scale²",
+        notes="one run of visual tokens per tile; in 5.17 the processor needs torchvision",
+    ),
     Family(
         "smolvlm",
         "any",
         "tiles x patches/scale²",
         processor="image-only",
-        notes="one run of visual tokens per tile; the processor needs num2words",
+        notes="one run of visual tokens per tile; the processor needs num2words, in 5.17 torchvision too",
     ),
     Family(
         "paligemma",
@@ -124,7 +129,7 @@ _TESTED = (
         "minicpmv4_6",
         "Qwen3.5, linear and full attention",
         "patches/16",
-        processor="unknown",
+        processor="image-only",
         notes="only the full-attention layers can be acted on; 5.17 takes pictures of one size per batch only",
     ),
     Family(

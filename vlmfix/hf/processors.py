@@ -192,6 +192,7 @@ def image_only(base: type) -> Any:
         video_processor = NoVideos()
 
         def __init__(self, *parts: Any, **options: Any) -> None:
+            options.pop("video_processor", None)
             super().__init__(*(part for part in parts if part is not None), **options)
 
         @classmethod
