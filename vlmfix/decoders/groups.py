@@ -47,7 +47,7 @@ def at_slots(table: Tensor, slots: Tensor) -> Tensor:
 
 def upper_half(values: Tensor) -> Tensor:
     """[B, H] True for the floor(H / 2) largest values of each row, the lower index first among equals."""
-    order = values.argsort(-1, descending=True, stable=True)
+    order = torch.argsort(values, dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )

@@ -65,7 +65,7 @@ class LocoRE(AttentionMethod):
         return Plan(
             torch.zeros_like(layout.kinds),
             2,
-            active_from=start,
+            active_from=start + nearest,
             bias=gain.log() if self.normalise else None,
             rule=None if self.normalise else Gain(1 + self.beta),
             rolling=Rolling(RECENT, nearest, nearest + self.window - 1, start),
