@@ -154,7 +154,7 @@ def derived(arm: Arm, records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def methods_of(recipe: str) -> list[str]:
     """Names of the methods of a recipe text."""
-    return [name for name, _ in _parts(recipe)]
+    return [name for name, _ in parts_of(recipe)]
 
 
 def with_value(recipe: str, method: str, key: str, value: Any) -> str:
@@ -166,7 +166,7 @@ def with_value(recipe: str, method: str, key: str, value: Any) -> str:
     parts = []
     if method not in methods_of(recipe):
         raise UsageError(f"recipe {recipe!r} has no method {method!r}; it has {', '.join(methods_of(recipe))}")
-    for name, arguments in _parts(recipe):
+    for name, arguments in parts_of(recipe):
         if name == method:
             kept = [a for a in split(arguments, ",") if a.strip() and a.partition("=")[0].strip() != key]
             arguments = ", ".join([*(a.strip() for a in kept), f"{key}={value!r}"])
@@ -189,7 +189,7 @@ DERIVED: Mapping[str, Callable[[Record, float], str]] = {
 """How answers are derived: name -> (record, value) -> text."""
 
 
-def _parts(recipe: str) -> list[tuple[str, str]]:
+def parts_of(recipe: str) -> list[tuple[str, str]]:
     """(method, arguments) of each part of a recipe text."""
     found = []
     for part in split(recipe, "+"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,6 +73,7 @@ def run(
     out: str | Path,
     *,
     pictures: Callable[[str], Any] | None = None,
+    only: Collection[str] | None = None,
     retry_errors: bool = False,
     dry: bool = False,
     progress: Progress | None = None,
@@ -86,6 +87,7 @@ def run(
         open: gives the answerer of an arm.
         out: folder of all runs.
         pictures: opens a picture by name; by default files are looked for in the grid's folder `images`.
+        only: ids of the items to answer now; all by default. They belong to the same run whichever they are.
         retry_errors: whether failed items are asked again.
         dry: only estimate.
         progress: told after every batch.
@@ -122,15 +124,16 @@ def run(
             opened = protocol.opener(frame, described.get("processor", {}), pictures)
             how: dict[str, Any] = {"pictures": opened, "batch_size": grid.batch_size, "limit": grid.limit}
             how["settings"] = settings if seed is None else {**settings, "seed": seed}
+            part = items if only is None else [item for item in items if item.id in only]
             if dry:
                 done = made.store.done(retry_errors)
-                found = estimate(items, answerer, done=done, processes=world().size, **how)
+                found = estimate(part, answerer, done=done, processes=world().size, **how)
                 runs.append(replace(made, estimate=found))
                 continue
             spec.write(place)
             with made.store:
                 told = (lambda done, total, name=arm.name: progress(name, done, total)) if progress else None
-                outcome = evaluate(items, answerer, made.store, retry_errors=retry_errors, progress=told, **how)
+                outcome = evaluate(part, answerer, made.store, retry_errors=retry_errors, progress=told, **how)
             runs.append(replace(made, outcome=outcome))
     return runs
 
