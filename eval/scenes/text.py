@@ -59,6 +59,14 @@ PROMPTS = {
 }
 """Style of caption -> the prompts that ask for it."""
 
+BRIEFLY = (
+    "Please answer yes or no.",
+    "Answer with yes or no.",
+    "Please answer this question with one word.",
+    "Answer the question using a single word or phrase.",
+)
+"""What asks for `Yes` or `No` alone, as the benchmarks word it."""
+
 QUESTIONS = ("existence", "count", "size", "position", "relation", "scene")
 """Kinds of question."""
 
@@ -232,7 +240,7 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Turn:
         ),
     )
     if short:
-        return Turn("existence", f"{asked} Please answer yes or no.", "Yes" if yes else "No", name)
+        return Turn("existence", f"{asked} {_one(rng, BRIEFLY)}", "Yes" if yes else "No", name)
     return Turn(
         "existence",
         asked,

@@ -157,15 +157,15 @@ class World:
         likely_negatives: share of the existence questions with answer no that ask for a frequent object of the kind.
     """
 
-    cooccurrence: float = 0.88
+    cooccurrence: float = 0.89
     spread: float = 0.06
     kept: float = 0.4
     strangers: float = 1.0
     several: float = 0.15
-    hard: float = 0.3
-    faded: tuple[float, float] = (0.08, 0.5)
+    hard: float = 0.4
+    faded: tuple[float, float] = (0.02, 0.27)
     noise: float = 8.0
-    likely_negatives: float = 0.5
+    likely_negatives: float = 0.15
 
     def rates(self, shifted: bool) -> list[float]:
         """Rate of each of the five frequent objects, the most frequent first."""
