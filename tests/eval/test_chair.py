@@ -3,12 +3,12 @@ import subprocess
 import sys
 
 import pytest
-
-from vlmfix.errors import UsageError
 from vlmfix.eval.benchmarks import chair, score_file
 from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.benchmarks.chair_truth import read_truth
 from vlmfix.eval.benchmarks.chair_words import Lexicon, lexicon, plurals
+
+from vlmfix.errors import UsageError
 
 from .coco_world import NAMES, named, sums, write
 

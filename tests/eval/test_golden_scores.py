@@ -1,7 +1,8 @@
 """Scores of the reference implementations, reproduced.
 
-`VLMFIX_SCORES=DIR pytest tests/eval/test_golden_scores.py` runs every case found in DIR/{chair,pope,amber,text}. Captions and answers that a
-case names are looked for in DIR, beside it in `data`, and among the test data, packed or not, and checked by their sha256.
+`VLMFIX_SCORES=DIR pytest tests/eval/test_golden_scores.py` runs every case found in DIR/{chair,pope,amber,text}.
+Captions and answers that a case names are looked for in DIR, beside it in `data`, and among the test data, packed or
+not, and checked by their sha256.
 """
 
 import gzip
@@ -12,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-
 from vlmfix.eval.benchmarks import pope, text
 from vlmfix.eval.benchmarks.amber import Amber
 from vlmfix.eval.benchmarks.chair import Chair

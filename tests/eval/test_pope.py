@@ -2,12 +2,12 @@ import math
 
 import numpy as np
 import pytest
-
-from vlmfix.errors import UsageError
 from vlmfix.eval import stats
 from vlmfix.eval.benchmarks import load, margins, pope, score_file
 from vlmfix.eval.benchmarks.files import Problems
 from vlmfix.eval.benchmarks.pope import Pope
+
+from vlmfix.errors import UsageError
 
 from .coco_world import named, sums, write
 
