@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlmfix import registry
 from vlmfix.attention import run
 from vlmfix.attention.compiled import Compiled
-from vlmfix.attention.request import Request
+from vlmfix.attention.request import NO_PICTURE, Request
 from vlmfix.errors import Refusal, UsageError
 from vlmfix.hf import encoding, hooks, loading, settings
 from vlmfix.hf.batches import Batcher
@@ -316,15 +316,20 @@ def report_of(
     report["branches"] = request.copies - 1
     report["methods"] = {
         registry.name_of(method): {
-            "layers": sorted(request.layers_touched[i]),
-            "heads": sorted({parts.heads[x] for x in request.layers_touched[i]}),
-            "rows": request.rows_affected[i],
-            **({} if request.layers_touched[i] else {"inactive": request.why_inactive(i)}),
+            "layers": sorted(request.layers.layers_touched[i]),
+            "heads": sorted({parts.heads[x] for x in request.layers.layers_touched[i]}),
+            "rows": request.layers.rows_affected[i],
+            **({} if request.layers.layers_touched[i] else {"inactive": request.why_inactive(i)}),
         }
         for i, method in enumerate(compiled.attention)
     }
     if compiled.decoding is not None:
-        report["methods"][registry.name_of(compiled.decoding)] = {"rows": request.visible, "steps": request.steps}
+        rows = request.rows_rewritten
+        report["methods"][registry.name_of(compiled.decoding)] = {
+            "rows": rows,
+            "steps": request.steps,
+            **({} if rows else {"inactive": NO_PICTURE}),
+        }
     return report
 
 

@@ -196,10 +196,30 @@ class DecodingMethod(Method):
     """A method that rewrites the logits of each step, usually against branches."""
 
     kind: ClassVar[str] = "decoding"
+    needs_picture: ClassVar[bool] = True
+    late: ClassVar[bool] = False
+    """Whether its one branch is the visible prompt with some embeddings wiped, known only after the prefill."""
 
     def branches(self) -> tuple[View, ...]:
         """One view per branch; none when the weight is zero for the whole run."""
         return ()
+
+    def probes(self) -> tuple[View, ...]:
+        """Views whose rows run beside the visible rows' prefill and are dropped after it; for late methods."""
+        return ()
+
+    def wiped(self, notes: dict[str, Tensor], layout: Layout, visible: int) -> Tensor:
+        """Positions whose embeddings a late branch sees as zeros.
+
+        Args:
+            notes: what the method's own attention methods noted in the prefill; rows are visible rows, then probes.
+            layout: of these rows.
+            visible: number of visible rows.
+
+        Returns:
+            [visible, K] bool.
+        """
+        raise NotImplementedError
 
     def taps(self, depth: int) -> tuple[int, ...]:
         """Layers whose entering residual stream the method reads at the last position of every step."""

@@ -130,6 +130,7 @@ class Recipe:
         layers: list[frozenset[int]] = []
         decoding: list[DecodingMethod] = []
         dropped: list[str] = []
+        own: list[int] = []
         for method in self.methods:
             name = registry.name_of(method)
             if method.neutral():
@@ -148,6 +149,7 @@ class Recipe:
             elif isinstance(ready, DecodingMethod):
                 decoding.append(ready)
                 for part in ready.attention():
+                    own.append(len(attention))
                     attention.append(part)
                     layers.append(frozenset(part.acts_on(facts.depth)) & frozenset(facts.heads))
             else:
@@ -155,7 +157,8 @@ class Recipe:
         if len(decoding) > 1:
             names = " and ".join(registry.name_of(m) for m in decoding)
             raise Refusal(f"{names} both rewrite the logits; a recipe can hold one of them")
-        return Compiled(tuple(attention), tuple(layers), decoding[0] if decoding else None, facts, tuple(dropped))
+        chosen = decoding[0] if decoding else None
+        return Compiled(tuple(attention), tuple(layers), chosen, facts, tuple(dropped), tuple(own))
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -28,15 +28,15 @@ class BranchRun:
 
     def first(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The prefill: one row per sample and branch, however often generate has repeated them."""
-        self.repeats = _rows(kwargs) // self.joint.visible
-        return {**self._rest(kwargs), **self.joint.inputs}
+        self.repeats = self.rows(kwargs) // self.joint.visible
+        return {**self.rest(kwargs, self.joint.inputs), **self.joint.inputs}
 
     def again(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without a cache: the whole joint prompt again, with the tokens generated so far."""
         joint, ids = self.joint, kwargs["input_ids"]
         n = ids.shape[0] // joint.visible
         new = ids[:, self.prompt_length :].repeat(joint.copies, 1)
-        out = self._rest(kwargs)
+        out = self.rest(kwargs, joint.inputs)
         pictures: dict[str, Any] = {}
         for key, value in joint.inputs.items():
             if key == "position_ids":
@@ -48,7 +48,7 @@ class BranchRun:
                 pictures[key] = value
         base = joint.positions.repeat_interleave(n, -2)
         ahead = base[..., -1:] + torch.arange(1, new.shape[1] + 1, device=ids.device)
-        pictures = repeat_pictures(joint.layout, pictures, n) if n > 1 else pictures
+        pictures = repeat_pictures(joint, pictures, n) if n > 1 else pictures
         return {**out, **pictures, "position_ids": torch.cat([base, ahead], -1)}
 
     def following(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -82,11 +82,14 @@ class BranchRun:
                 n = visible // self.joint.visible if values[0].shape[0] == len(self.joint.mask) else 1
                 output[key] = tuple(v[: visible // n].repeat_interleave(n, 0) for v in values)
 
-    def _rest(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        known = (*REPLACED, *TOKEN_KEYS, *self.joint.inputs)
+    @staticmethod
+    def rest(kwargs: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+        """The forward's keywords that a joint prompt does not replace."""
+        known = (*REPLACED, *TOKEN_KEYS, *inputs)
         return {k: v for k, v in kwargs.items() if k not in known}
 
-
-def _rows(kwargs: dict[str, Any]) -> int:
-    entry: Any = kwargs.get("input_ids")
-    return int((entry if entry is not None else kwargs["inputs_embeds"]).shape[0])
+    @staticmethod
+    def rows(kwargs: dict[str, Any]) -> int:
+        """Rows of a forward's keywords."""
+        entry: Any = kwargs.get("input_ids")
+        return int((entry if entry is not None else kwargs["inputs_embeds"]).shape[0])

@@ -19,6 +19,7 @@ class Compiled:
         decoding: the method that rewrites logits, if any.
         facts: the model it was compiled for.
         dropped: names of neutral methods that were left out.
+        own: places of the attention methods that belong to the decoding method.
     """
 
     attention: tuple[AttentionMethod, ...]
@@ -26,6 +27,7 @@ class Compiled:
     decoding: DecodingMethod | None
     facts: ModelFacts
     dropped: tuple[str, ...] = ()
+    own: tuple[int, ...] = ()
 
     @property
     def plain(self) -> bool:
@@ -36,6 +38,16 @@ class Compiled:
     def views(self) -> tuple[View, ...]:
         """One view per branch."""
         return () if self.decoding is None else self.decoding.branches()
+
+    @cached_property
+    def probes(self) -> tuple[View, ...]:
+        """Views whose rows run in the prefill alone."""
+        return () if self.decoding is None else self.decoding.probes()
+
+    @property
+    def late(self) -> bool:
+        """Whether a branch waits for the visible rows' prefill."""
+        return self.decoding is not None and self.decoding.late
 
     @cached_property
     def taps(self) -> frozenset[int]:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from vlmfix.attention.compiled import Compiled
-from vlmfix.attention.request import Request
+from vlmfix.attention.late import LatePrompt
+from vlmfix.attention.request import Request, rewritten
 from vlmfix.hf import settings
 from vlmfix.hf.branching import join
 from vlmfix.hf.hooks import serving
@@ -19,8 +20,11 @@ def open_request(
 ) -> tuple[Request, Prompt]:
     """Reads the inputs of a generation and makes its state."""
     prompt = read(parts, inputs, inputs.get("visual_mask"), global_tile)
-    joint = join(parts, prompt, compiled.views) if compiled.views else None
-    return Request(parts, compiled, prompt.layout, joint), prompt
+    joint, late = None, None
+    if rewritten(compiled, prompt.layout):
+        late = LatePrompt.of(parts, compiled, prompt) if compiled.late else None
+        joint = join(parts, prompt, compiled.views) if compiled.views else None
+    return Request(parts, compiled, prompt.layout, joint, late), prompt
 
 
 def generate(
@@ -38,10 +42,10 @@ def generate(
     Returns:
         generate's result and the request, for the run report.
     """
-    settings.refuse(kwargs, branches=bool(compiled.views))
+    settings.refuse(kwargs, branches=compiled.late or bool(compiled.views))
     request, prompt = open_request(parts, compiled, kwargs, global_tile)
     kwargs = {k: v for k, v in kwargs.items() if k != "visual_mask"}
-    if compiled.views:
+    if request.copies > 1:
         kwargs = _hidden_branches(request, prompt, kwargs)
     with serving(request):
         return call(**kwargs), request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class DeCo(DecodingMethod):
         top_k: most candidates.
         top_p: candidates cover at least this probability.
     """
+
+    needs_picture: ClassVar[bool] = False
 
     alpha: float = 0.6
     layers: LayerSpec = (0.625, 0.90625)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class DoLa(DecodingMethod):
         divergence: "reference" or "js".
         shared: one choice for the whole batch, as in the released code.
     """
+
+    needs_picture: ClassVar[bool] = False
 
     layers: LayerSpec | None = None
     bucket: Literal["low", "high"] = "low"

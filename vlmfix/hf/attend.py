@@ -69,8 +69,15 @@ class Look:
 class Request(Protocol):
     """What the attention function asks of the state of one generation."""
 
-    q_pos: Tensor
-    past: int
+    @property
+    def q_pos(self) -> Tensor:
+        """[Q] slots of the current queries."""
+        ...
+
+    @property
+    def past(self) -> int:
+        """Slot of the first current query."""
+        ...
 
     def visit(self, layer: int, look: Look) -> tuple[tuple[Plan, ...], int]:
         """Plans of a layer and the first query position any of them changes."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.errors import Refusal
-from vlmfix.hf.inputs import Prompt, by_row, change_pixels, edit, gather
+from vlmfix.hf.inputs import PER_ROW, Prompt, by_row, change_pixels, edit, gather
 from vlmfix.hf.parts import Parts
 from vlmfix.layout import Layout
 from vlmfix.view import View
@@ -29,6 +29,7 @@ class Joint:
         layout: of all rows.
         visible: number of visible rows.
         copies: 1 + number of branches.
+        per_row: whether picture inputs have a row on their first axis.
     """
 
     inputs: dict[str, Any]
@@ -37,6 +38,7 @@ class Joint:
     layout: Layout
     visible: int
     copies: int
+    per_row: bool = False
 
     @property
     def length(self) -> int:
@@ -44,8 +46,15 @@ class Joint:
         return self.mask.shape[1]
 
 
-def join(parts: Parts, prompt: Prompt, views: Sequence[View]) -> Joint:
+def join(parts: Parts, prompt: Prompt, views: Sequence[View], visible: bool = True, length: int = 0) -> Joint:
     """Builds the joint prompt of the visible rows and one branch per view.
+
+    Args:
+        parts: the model.
+        prompt: the visible rows.
+        views: one per branch.
+        visible: whether the visible rows are part of it.
+        length: least length to pad to.
 
     Raises:
         Refusal: the family cannot run branches, or the prompt consists of embeddings alone.
@@ -57,35 +66,26 @@ def join(parts: Parts, prompt: Prompt, views: Sequence[View]) -> Joint:
             "a prompt of inputs_embeds has no text a branch could be made from; pass input_ids and the "
             "processor's inputs"
         )
+    like, views = prompt.ids, [*([View()] if visible else []), *views]
     edited = [edit(parts, prompt, view) for view in views]
-    rows = [[i for i, ok in enumerate(valid) if ok] for valid in prompt.layout.valid.tolist()]
-    sources = [rows, *(e.source for e in edited)]
-    length = max(prompt.layout.length, max(len(row) for block in sources for row in block))
-    ids = torch.cat([_padded(prompt.ids, length), *(_rows(e.ids, length, prompt.ids) for e in edited)])
-    mask = torch.cat(
-        [_padded(prompt.layout.valid.long(), length), *(_valid(e.ids, length, prompt.ids) for e in edited)]
-    )
-    tokens = {
-        key: torch.cat([_padded(value, length), *(gather(value, e.source, length) for e in edited)])
-        for key, value in prompt.tokens.items()
-        if key not in ("attention_mask", "position_ids")
-    }
-    kinds = torch.cat(
-        [_padded(prompt.layout.kinds, length), *(_branch_kinds(prompt, e.source, length) for e in edited)]
-    )
-    images = torch.cat(
-        [
-            _padded(prompt.layout.images, length, -1),
-            *(gather(prompt.layout.images, e.source, length, -1) for e in edited),
-        ]
-    )
-    layout = Layout(kinds, images, prompt.layout.mask)
-    pictures = _concatenated([prompt.pictures, *(change_pixels(parts, prompt, view) for view in views)])
+    rows = [row for e in edited for row in e.ids]
+    length = max(length, prompt.layout.length, *(len(row) for row in rows))
+    ids, mask = _left_padded(rows, length, like), _left_padded([[1] * len(row) for row in rows], length, like)
+
+    def gathered(values: Tensor, fill: int = 0) -> Tensor:
+        return torch.cat([gather(values, e.source, length, fill) for e in edited])
+
+    tokens = {k: gathered(v) for k, v in prompt.tokens.items() if k not in ("attention_mask", "position_ids")}
+    images = gathered(prompt.layout.images, -1)
+    visual = gathered(prompt.layout.visual.to(torch.uint8)).bool()
+    layout = Layout(Layout.of(visual, mask).kinds, images, prompt.layout.mask)
+    pictures = _concatenated([change_pixels(parts, prompt, view) for view in views])
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **tokens, **pictures}
     if parts.embeds:
         inputs = {"inputs_embeds": _embed(parts, inputs), "attention_mask": mask}
     positions = _positions(parts, ids, inputs)
-    return Joint({**inputs, "position_ids": positions}, mask, positions, layout, prompt.layout.rows, 1 + len(views))
+    inputs["position_ids"] = positions
+    return Joint(inputs, mask, positions, layout, prompt.layout.rows, len(views), parts.family in PER_ROW)
 
 
 UNBRANCHED = {
@@ -95,24 +95,9 @@ UNBRANCHED = {
 }
 
 
-def _padded(values: Tensor, length: int, fill: int = 0) -> Tensor:
-    return torch.nn.functional.pad(values, (length - values.shape[1], 0), value=fill)
-
-
-def _rows(rows: list[list[int]], length: int, like: Tensor) -> Tensor:
-    return torch.stack(
-        [torch.tensor([0] * (length - len(row)) + row, dtype=like.dtype, device=like.device) for row in rows]
-    )
-
-
-def _valid(rows: list[list[int]], length: int, like: Tensor) -> Tensor:
-    return torch.stack([torch.tensor([0] * (length - len(row)) + [1] * len(row), device=like.device) for row in rows])
-
-
-def _branch_kinds(prompt: Prompt, source: list[list[int]], length: int) -> Tensor:
-    visual = gather(prompt.layout.visual.to(torch.uint8), source, length).bool()
-    valid = torch.stack([torch.arange(length) >= length - len(row) for row in source]).to(visual.device)
-    return Layout.of(visual, valid).kinds
+def _left_padded(rows: list[list[int]], length: int, like: Tensor) -> Tensor:
+    padded = [[0] * (length - len(row)) + row for row in rows]
+    return torch.tensor(padded, dtype=like.dtype, device=like.device)
 
 
 def _concatenated(blocks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -154,10 +139,10 @@ def _embed(parts: Parts, inputs: dict[str, Any]) -> Tensor:
     return embeds
 
 
-def repeat_pictures(layout: Layout, pictures: dict[str, Any], repeats: int) -> dict[str, Any]:
+def repeat_pictures(joint: Joint, pictures: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Picture inputs for rows repeated in place (beams without a cache), each tensor cut by row first."""
     out: dict[str, Any] = {}
     for key, value in pictures.items():
-        rows = by_row(layout, value)
+        rows = by_row(joint.layout, value, joint.per_row)
         out[key] = torch.cat([row for row in rows for _ in range(repeats)])
     return out

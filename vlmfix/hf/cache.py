@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache, StaticCache
 
+from vlmfix.errors import Refusal
+
 
 class Rows(Protocol):
     """Per-row state that must follow the rows of a cache."""
@@ -50,6 +52,21 @@ class BranchRows:
         super().reorder_cache(rows)  # type: ignore[misc]
         if self.state is not None:
             self.state.take(rows)
+
+
+def merge(upper: Any, rows: torch.Tensor, lower: Any) -> None:
+    """Keeps some rows of one cache and puts the rows of another beneath them.
+
+    Raises:
+        Refusal: a layer's state cannot be joined.
+    """
+    for a, b in zip(upper.layers, lower.layers, strict=True):
+        if getattr(a, "keys", None) is None or hasattr(a, "conv_states"):
+            raise Refusal(
+                "this family's layers keep a running state, and a branch that waits for the prefill cannot join it"
+            )
+        a.keys = torch.cat([a.keys[rows], b.keys])
+        a.values = torch.cat([a.values[rows], b.values])
 
 
 class BranchCache(BranchRows, DynamicCache):  # type: ignore[misc]

@@ -41,6 +41,10 @@ MASK_KINDS = {
 }
 
 
+PER_ROW = ("idefics2", "idefics3", "smolvlm")
+"""Families whose picture inputs have a row of the batch on the first axis; elsewhere it counts pictures or patches."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The caller's model inputs, sorted.
@@ -200,11 +204,13 @@ def change_pixels(parts: Parts, prompt: Prompt, view: View) -> dict[str, Any]:
     if not view.keeps_pictures():
         return {}
     pictures = dict(prompt.pictures)
+    if type(view).pixels is View.pixels:
+        return pictures
     for key in ("pixel_values", "image_patches"):
         pixels = pictures.get(key)
         if isinstance(pixels, Tensor):
             pixels = pixels.clone()
-            for piece, index in pieces(prompt.layout, pixels):
+            for piece, index in pieces(prompt.layout, pixels, parts.family in PER_ROW):
                 piece.copy_(_per_tile(parts, view, piece, index))
             pictures[key] = pixels
         elif _is_list_of_tensors(pixels):
@@ -230,24 +236,29 @@ def _per_tile(parts: Parts, view: View, piece: Tensor, index: int) -> Tensor:
     return out
 
 
-def pieces(layout: Layout, pixels: Tensor) -> Iterator[tuple[Tensor, int]]:
+def pieces(layout: Layout, pixels: Tensor, per_row: bool) -> Iterator[tuple[Tensor, int]]:
     """Views of a pixel tensor, one per picture, [tiles or patches, ...], with the picture's index within its row.
 
-    The first axis counts pictures, rows, or tiles and patches of all pictures in order; which one follows from its
-    length. Where tiles cannot be told apart by picture, a row's pictures come as one piece.
+    The first axis counts pictures, or tiles and patches of all pictures in order; which one follows from its length.
+    Where tiles cannot be told apart by picture, a row's pictures come as one piece.
+
+    Args:
+        layout: the prompt.
+        pixels: the tensor.
+        per_row: whether its first axis counts rows.
 
     Raises:
         Refusal: the axis fits none of these.
     """
-    per_row = layout.n_images.tolist()
-    order = [i for n in per_row for i in range(n)]
+    numbers = layout.n_images.tolist()
+    order = [i for n in numbers for i in range(n)]
     packed = pixels.dim() == 4 and pixels.shape[0] == 1 and len(order) > 1  # patches of all pictures side by side
     axis = 3 if packed else 0
-    if pixels.dim() == 5 and pixels.shape[0] == layout.rows:
+    if per_row:
         sizes: list[int] | None = [1] * layout.rows
         indices = [0] * layout.rows
     else:
-        pictures = [int((layout.images[b] == i).sum()) for b, n in enumerate(per_row) for i in range(n)]
+        pictures = [int((layout.images[b] == i).sum()) for b, n in enumerate(numbers) for i in range(n)]
         rows = [n for n in layout.n_visual.tolist() if n]
         sizes, indices = _shares(pixels.shape[axis], pictures), order
         if sizes is None:
@@ -261,12 +272,19 @@ def pieces(layout: Layout, pixels: Tensor) -> Iterator[tuple[Tensor, int]]:
         yield (piece[0], index) if pixels.dim() == 5 and len(piece) == 1 else (piece, index)
 
 
-def by_row(layout: Layout, values: Tensor) -> list[Tensor]:
+def by_row(layout: Layout, values: Tensor, per_row: bool) -> list[Tensor]:
     """A picture input cut along its first axis into one part per row with pictures.
 
+    Args:
+        layout: the prompt.
+        values: the input.
+        per_row: whether its first axis counts rows; then rows without pictures have a part too.
+
     Raises:
-        Refusal: the axis counts neither rows nor pictures nor anything in proportion to visual tokens.
+        Refusal: the axis counts neither pictures nor anything in proportion to visual tokens.
     """
+    if per_row:
+        return list(torch.split(values, 1))
     tokens = [
         [int((layout.images[b] == i).sum()) for i in range(n)] for b, n in enumerate(layout.n_images.tolist()) if n
     ]
@@ -276,8 +294,6 @@ def by_row(layout: Layout, values: Tensor) -> list[Tensor]:
         sizes = [sum(next(rest) for _ in range(n)) for n in counts]
     else:
         sizes = _shares(values.shape[0], [sum(row) for row in tokens])
-    if sizes is None and values.shape[0] == layout.rows:
-        return list(torch.split(values, 1))
     if sizes is None:
         raise Refusal(f"picture input of shape {tuple(values.shape)} cannot be cut by row; set use_cache=True")
     return list(torch.split(values, sizes))

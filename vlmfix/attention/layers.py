@@ -1,0 +1,188 @@
+"""The layers of one generation: plans, notes and positions, row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfix.attention.compiled import Compiled
+from vlmfix.hf.attend import Look
+from vlmfix.layout import NEVER, Layout
+from vlmfix.method import Glance, LayerContext
+from vlmfix.plan import Plan
+
+
+class Layers:
+    """State of all layers for one set of rows.
+
+    Args:
+        compiled: the recipe.
+        layout: the rows' prompts.
+        visible: [B] bool, the rows the caller knows of; the others are branch rows.
+    """
+
+    def __init__(self, compiled: Compiled, layout: Layout, visible: Tensor) -> None:
+        self.compiled = compiled
+        self.layout = layout
+        self.visible = visible
+        self.q_pos = torch.empty(0)
+        self.past = 0
+        self.rows_affected: list[int] = []
+        self.layers_touched: list[set[int]] = []
+        self.tapped: dict[int, Tensor] = {}
+        self.notes: dict[int, dict[str, Tensor]] = {}
+        self._prefilling = True
+        self._hidden: dict[int, Tensor] = {}
+        self._plans: dict[int, tuple[Plan, ...]] = {}
+        self._first: dict[int, int] = {}
+        self._memory: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._count = 0
+        self._acting = self._acting_rows()
+
+    @staticmethod
+    def stack(upper: Layers, lower: Layers) -> Layers:
+        """The rows of both, after their prefills; plans are made anew from the notes."""
+        both = Layers(
+            upper.compiled, Layout.stack([upper.layout, lower.layout]), torch.cat([upper.visible, lower.visible])
+        )
+        both.layers_touched = [a | b for a, b in zip(upper.layers_touched, lower.layers_touched, strict=True)]
+        both.notes = _stacked(upper.notes, lower.notes)
+        both._memory = _stacked(upper._memory, lower._memory)
+        return both
+
+    def take(self, rows: Tensor) -> None:
+        """Per-row state follows the rows of the cache, repeats allowed."""
+        old, rows = self.layout.rows, rows.to(self.layout.kinds.device)
+
+        def change(t: Tensor) -> Tensor:
+            return t[rows] if t.dim() and t.shape[0] == old else t
+
+        self.layout = self.layout.take(rows)
+        self.visible = change(self.visible)
+        self._acting = {i: change(acting) for i, acting in self._acting.items()}
+        self._plans = {k: tuple(_rowwise(plan, change) for plan in plans) for k, plans in self._plans.items()}
+        self._memory = {k: {name: change(t) for name, t in notes.items()} for k, notes in self._memory.items()}
+        self.notes = {k: {name: change(t) for name, t in notes.items()} for k, notes in self.notes.items()}
+
+    def repeat(self, repeats: int) -> None:
+        """Every row several times in place."""
+        self.take(torch.arange(self.layout.rows, device=self.layout.kinds.device).repeat_interleave(repeats))
+
+    def step(self, rows: int, queries: int, past: Any, device: Any) -> None:
+        """A decoder forward begins: positions of its queries, and rows that generate has repeated."""
+        if rows != self.layout.rows:
+            self.repeat(rows // self.layout.rows)
+        self.past = past if isinstance(past, int) else self._count
+        self._count = self.past + queries
+        self.q_pos = past + torch.arange(queries, device=device)
+        self._prefilling = self.past < self.layout.length
+        self._hidden.clear()
+
+    def observe(self, layer: int, hidden: Tensor) -> None:
+        """Keeps the residual stream entering a layer: a prefill for methods that read it, the last row for taps."""
+        if self._prefilling and layer in self.compiled.reading_layers:
+            self._hidden[layer] = hidden
+        if layer in self.compiled.taps:
+            self.tapped[layer] = hidden[:, -1]
+
+    def visit(self, layer: int, look: Look) -> tuple[tuple[Plan, ...], int]:
+        """Plans of a layer and the first query position any of them changes.
+
+        Plans are made at the first visit, at every prefill chunk for methods that read hidden states, and whenever a
+        method that watches attention asks for it.
+        """
+        if layer in self.compiled.watched_layers:
+            self._watch(layer, look)
+        if layer not in self._plans or layer in self._hidden:
+            self._build(layer, look.query.shape[1])
+        return self._plans[layer], self._first[layer]
+
+    def _watch(self, layer: int, look: Look) -> None:
+        for i, method in enumerate(self.compiled.attention):
+            if i in self._acting and layer in method.watches(self.compiled.facts.depth):
+                context = self._context(i, layer, look.query.shape[1], None)
+                glance = Glance(context, look.query, look.key, look.rows, look.k_pos)
+                if method.watch(glance, self.notes.setdefault(i, {})):
+                    self._plans.clear()
+
+    def finish(self, layer: int, out: Tensor) -> Tensor:
+        """Lets a head rule pick its scales from the prefill's outputs, then keeps them for the generation."""
+        plans = self._plans[layer]
+        if not any(plan.head_rule for plan in plans):
+            return out
+        kept: list[Plan] = []
+        for plan in plans:
+            if plan.head_rule is not None:
+                scale = plan.head_rule(out.transpose(1, 2))
+                active = (self.q_pos[None] >= plan.active_from[:, None])[:, :, None, None]
+                out = torch.where(active, out * scale[:, None, :, None], out)
+                plan = replace(plan, head_rule=None, head_scale=scale)
+            kept.append(plan)
+        self._plans[layer] = tuple(kept)
+        return out
+
+    def _acting_rows(self) -> dict[int, Tensor]:
+        """[rows] bool per attention method: the rows it is on, with a picture where the method needs one."""
+        out: dict[int, Tensor] = {}
+        for i, method in enumerate(self.compiled.attention):
+            acting = {"visible": self.visible, "all": torch.ones_like(self.visible), "branches": ~self.visible}[
+                method.on
+            ]
+            if method.needs_picture:
+                acting = acting & (self.layout.n_visual > 0)
+            self.rows_affected.append(int(acting.sum()))
+            self.layers_touched.append(set())
+            if self.rows_affected[i]:
+                out[i] = acting
+        return out
+
+    def _build(self, layer: int, heads: int) -> None:
+        plans: list[Plan] = []
+        for i, method in enumerate(self.compiled.attention):
+            if i not in self._acting or layer not in self.compiled.layers[i]:
+                continue
+            hidden = self._hidden.get(layer) if method.reads_hidden else None
+            plan = method.plan(self._context(i, layer, heads, hidden))
+            if plan is None:
+                continue
+            acting = self._acting[i]
+            plans.append(replace(plan, active_from=torch.where(acting, plan.active_from, NEVER)))
+            self.layers_touched[i].add(layer)
+        self._plans[layer] = tuple(plans)
+        starts = [t for plan in plans for t in (plan.active_from, *(part.query_from for part in plan.hidden))]
+        if self._prefilling:
+            self._first[layer] = int(torch.stack(starts).min()) if starts else NEVER
+        else:  # every row of a decoding step lies past the prompt; asking the device would wait for it
+            self._first[layer] = 0 if starts else NEVER
+
+    def _context(self, index: int, layer: int, heads: int, hidden: Tensor | None) -> LayerContext:
+        memory = self._memory.setdefault((index, layer), {})
+        notes = self.notes.setdefault(index, {})
+        return LayerContext(layer, self.layout, heads, hidden, self.past, memory, notes, self.compiled.facts)
+
+
+def _rowwise(value: Any, change: Any) -> Any:
+    """A dataclass with every tensor changed, also inside its parts (rules, rolling groups, hidden intervals)."""
+    updates: dict[str, Any] = {}
+    for f in dataclasses.fields(value):
+        item = getattr(value, f.name)
+        if isinstance(item, Tensor):
+            updates[f.name] = change(item)
+        elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+            updates[f.name] = _rowwise(item, change)
+        elif isinstance(item, tuple) and item and dataclasses.is_dataclass(item[0]):
+            updates[f.name] = tuple(_rowwise(part, change) for part in item)
+    return replace(value, **updates)
+
+
+def _stacked(upper: dict[Any, dict[str, Tensor]], lower: dict[Any, dict[str, Tensor]]) -> dict[Any, dict[str, Tensor]]:
+    """Notes of both sets of rows; rows a method took no notes on repeat the other set's, where it does not act."""
+    out: dict[Any, dict[str, Tensor]] = {}
+    for key in (*upper, *(k for k in lower if k not in upper)):
+        one, two = upper.get(key) or lower.get(key, {}), lower.get(key) or upper.get(key, {})
+        out[key] = {name: torch.cat([one[name], two[name]]) for name in one if name in two}
+    return out
