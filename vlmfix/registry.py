@@ -225,6 +225,18 @@ ROWS: tuple[Row, ...] = (
         ALL,
         {"alpha": 0.6, "layers": (0.625, 0.90625), "top_k": 20, "top_p": 0.9},
     ),
+    Row(
+        "avisc",
+        "vlmfix.decoders.avisc:AvisC",
+        "decoding",
+        "Don't Miss the Forest for the Trees: Attentional Vision Calibration for Large Vision Language Models",
+        "2405.17820",
+        "ref-run",
+        "subtracts the logits of a branch that sees the picture only through its most attended tokens",
+        "one more row, started after the prefill",
+        ALL,
+        {"alpha": 1.0, "beta": 0.1, "layer_gamma": 0.5, "lamb": 1.0},
+    ),
 )
 
 
