@@ -9,6 +9,8 @@ import gzip
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -271,3 +273,8 @@ def test_bleu(name, case):
 def test_what_has_no_licence_stays_with_the_tests():
     shipped = {path.name for path in DATA.iterdir()}
     assert not shipped & {path.name for path in (HERE / "data").rglob("*")}
+
+
+def test_the_page_of_published_rows_is_up_to_date():
+    script = HERE.parents[1] / "scripts/published_rows.py"
+    subprocess.run([sys.executable, script, "--check"], check=True)
