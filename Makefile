@@ -5,24 +5,28 @@ BIN := .venv/bin
 READY := .venv/.ready
 TYPES := build/types
 
-.PHONY: demo test check types docs
+.PHONY: demo test check lint types fresh docs
 
 demo: $(READY)
 	$(BIN)/vlmfix demo $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
-check: $(READY) types
+check: lint types fresh
+
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python scripts/generate_docs.py --check
 
 # mypy cannot follow an editable install: it reads the package as a wheel would lay it out.
 types: $(READY)
 	rm -rf $(TYPES) && mkdir -p $(TYPES)/vlmfix
 	ln -s $(CURDIR)/vlmfix/* $(TYPES)/vlmfix/ && ln -s $(CURDIR)/eval $(TYPES)/vlmfix/eval
 	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy -p vlmfix --config-file $(CURDIR)/pyproject.toml
+
+fresh: $(READY)
+	$(BIN)/python scripts/generate_docs.py --check
 
 docs: $(READY)
 	$(BIN)/python scripts/generate_docs.py

@@ -11,6 +11,9 @@ import vlmfix
 from ..families.checkpoints import make_checkpoint
 
 
+pytestmark = pytest.mark.xdist_group("checkpoint")
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return make_checkpoint("llava", tmp_path_factory.mktemp("llava"))
