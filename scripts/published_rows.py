@@ -2,8 +2,8 @@
 
     python scripts/published_rows.py [--check]
 
-Writes docs/results/published_rows.md, or only says whether it is up to date. Reads tests/eval/data/chair and the figures
-of the released scorers in tests/eval/golden/chair/scores.json.
+Writes docs/results/published_rows.md, or only says whether it is up to date. Reads tests/eval/data/chair and the
+figures of the released scorers in tests/eval/golden/chair/scores.json.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ SCORERS = ("standalone", "opera-like", "corrected")
 
 HEAD = """# Published CHAIR rows from the authors' captions
 
-Made by `python scripts/published_rows.py`. The captions are those that AoiDragon/POPE (2,000 COCO val2014 pictures) and
-shikiw/OPERA (500 pictures, 512 tokens) publish; no model was run here. Ground truth: variant A, COCO's annotated objects
-joined with those that the pattern-based scorer finds in the reference captions. All figures in percent, lower is better.
+Made by `python scripts/published_rows.py`. The captions are those that AoiDragon/POPE (2,000 COCO val2014 pictures)
+and shikiw/OPERA (500 pictures, 512 tokens) publish; no model was run here. Ground truth: variant A, COCO's
+annotated objects joined with those that the pattern-based scorer finds in the reference captions. All figures in
+percent, lower is better.
 """
 
 
@@ -94,20 +95,21 @@ def figures(file: str, scorer: str) -> dict[str, Any]:
 
 REMARKS = """## What remains, and why
 
-- POPE paper: `standalone` gives both rows to the printed digit. The paper's two prompts are swapped in the names of its
-  files: `Instruction1_*` answers I2, "Provide a brief description of the given image.", and `Instruction2_*` answers I1,
-  "Generate a short caption of the image."
-- OPERA: the released scorer tags parts of speech and looks words up in WordNet; `opera-like` does it by table. Where the
-  two columns differ, the tagger read a few words otherwise (such as `boating` and `grooming`). The golden test allows 0.4
-  in CHAIR_s, 0.15 in CHAIR_i and 0.4 in recall.
-- OPERA, LLaVA-1.5 greedy, CHAIR_i: the paper prints 14.7. The captions its authors released give 12.73 with their own
-  scorer and 12.69 here, while CHAIR_s (45.0) agrees with theirs; none of the three readings comes near 14.7, so the printed
-  figure is probably a misprint.
-- OPERA's table agrees with ground truth A, made by the pattern-based scorer. With one made by OPERA's own reading of the
-  reference captions (variant B) its released scorer gives up to 0.2 less CHAIR_s on these three files.
-- The papers' figures were taken from public transcriptions. Their other models' captions are not in this repository, so
-  those rows were not recomputed.
-- `corrected` counts what the released table loses (`bus`, `ties`, `motor bike`, `cheesecake`): 0.3 to 0.9 more recall.
+- POPE paper: `standalone` gives both rows to the printed digit. The paper's two prompts are swapped in the names of
+  its files: `Instruction1_*` answers I2, "Provide a brief description of the given image.", and `Instruction2_*`
+  answers I1, "Generate a short caption of the image."
+- OPERA: the released scorer tags parts of speech and looks words up in WordNet; `opera-like` does it by table.
+  Where the two columns differ, the tagger read a few words otherwise (such as `boating` and `grooming`). The golden
+  test allows 0.4 in CHAIR_s, 0.15 in CHAIR_i and 0.4 in recall.
+- OPERA, LLaVA-1.5 greedy, CHAIR_i: the paper prints 14.7. The captions its authors released give 12.73 with their
+  own scorer and 12.69 here, while CHAIR_s (45.0) agrees with theirs; none of the three readings comes near 14.7, so
+  the printed figure is probably a misprint.
+- OPERA's table agrees with ground truth A, made by the pattern-based scorer. With one made by OPERA's own reading
+  of the reference captions (variant B) its released scorer gives up to 0.2 less CHAIR_s on these three files.
+- The papers' figures were taken from public transcriptions. Their other models' captions are not in this
+  repository, so those rows were not recomputed.
+- `corrected` counts what the released table loses (`bus`, `ties`, `motor bike`, `cheesecake`): 0.3 to 0.9 more
+  recall.
 """
 
 
