@@ -10,7 +10,6 @@ import vlmfix
 
 from ..families.checkpoints import make_checkpoint
 
-
 pytestmark = pytest.mark.xdist_group("checkpoint")
 
 
