@@ -1,25 +1,24 @@
-"""A grid of runs, from questions to tables: what `vlmfix eval` does."""
+"""A grid of runs, from questions to answers: what `vlmfix eval` does first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UsageError
-from . import compare, figures, foreign, protocol, table
-from .base import Item, Score
-from .baselines import Arm, derived
+from . import compare, figures, protocol, table
+from .base import Item
+from .baselines import Arm
 from .benchmarks import Benchmark
 from .benchmarks.answers import pictures as find_pictures
 from .benchmarks.files import Problems
 from .grid import Grid
-from .guards import Record
-from .runner import Answerer, Estimate, Outcome, chosen, estimate, evaluate
+from .runner import Answerer, Estimate, Outcome, estimate, evaluate
 from .spec import Spec, hash_questions, hash_truth
 from .store import Store
-from .world import wait, world
+from .world import world
 
 
 class Described(Answerer, Protocol):
@@ -160,50 +159,6 @@ def folder(images: str, items: Sequence[Item]) -> Callable[[str], Any] | None:
     return opened
 
 
-def rows(
-    grid: Grid,
-    benchmark: Benchmark,
-    arms: Sequence[Arm],
-    runs: Sequence[Run],
-    add: Mapping[str, Sequence[Record]] | None = None,
-    patience: float = 1800.0,
-) -> list[compare.Row]:
-    """Rows of a benchmark's table, in the order of the arms, foreign answers last; waits for other processes' answers.
-
-    Args:
-        grid: the grid.
-        benchmark: the benchmark.
-        arms: its rows.
-        runs: what `run` returned.
-        add: name -> foreign records.
-        patience: see `world.wait`.
-    """
-    items, made = chosen(benchmark.items(), grid.limit), []
-    reference: list[Record] = []
-    for arm in arms:
-        mine = [run for run in runs if run.arm.name == arm.name]
-        notes: list[str] = []
-        if arm.derive:
-            answers = [derived(arm, reference)]
-        else:
-            answers = []
-            for run in mine:
-                wait(run.store, {item.id for item in items}, patience)
-                merged = run.store.read()
-                answers.append([merged.answers[item.id] for item in items if item.id in merged.answers])
-                notes += [*merged.problems[:5], *_failures(list(merged.errors.values()))]
-            if arm.kind == "reference":
-                reference = answers[0]
-        made.append(
-            _row(arm.name, arm.kind, mine[0].grade if mine else "", items, benchmark, answers, notes, grid.limit)
-        )
-    for name, records in (add or {}).items():
-        asked = next((chosen(run.items, grid.limit) for run in runs if run.arm.kind == "reference"), items)
-        found, notes = foreign.checked(name, records, benchmark, asked)
-        made.append(_row(name, "foreign", "", items, benchmark, [found], notes, grid.limit))
-    return made
-
-
 def write(comparison: compare.Comparison, out: str | Path, columns: Sequence[str] = ()) -> list[Path]:
     """Writes a table as table.md, table.tex and table.json and its forest plot as forest.svg; returns the paths."""
     place = Path(out)
@@ -219,28 +174,3 @@ def write(comparison: compare.Comparison, out: str | Path, columns: Sequence[str
     for name, text in texts.items():
         (place / name).write_text(text, encoding="utf-8")
     return [place / name for name in texts]
-
-
-def _row(
-    name: str,
-    kind: str,
-    grade: str,
-    items: Sequence[Item],
-    benchmark: Benchmark,
-    answers: Sequence[Sequence[Record]],
-    notes: Sequence[str],
-    limit: int | None,
-) -> compare.Row:
-    scores: list[Score] = [benchmark.score(records) for records in answers]
-    told = [
-        line for score in scores for line in score.problems if limit is None or "items without an answer" not in line
-    ]
-    by_id = [{str(record["id"]): record for record in records} for records in answers]
-    return compare.row(name, items, by_id, scores, kind, grade, list(dict.fromkeys([*notes, *told])))
-
-
-def _failures(errors: Sequence[Record]) -> list[str]:
-    if not errors:
-        return []
-    first = errors[0]
-    return [f"{len(errors)} items failed and are not scored, first {first['id']!r}: {first['error']}"]

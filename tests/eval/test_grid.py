@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from PIL import Image
-from vlmfix.eval import benchmarks, compare, grid, protocol, suite
+from vlmfix.eval import benchmarks, collect, compare, grid, protocol, suite
 from vlmfix.eval.answerer import Opener, VlmAnswerer
 from vlmfix.eval.base import Item, Score, ratio
 from vlmfix.eval.baselines import GREEDY, Arm
@@ -159,7 +159,7 @@ def test_a_suite_from_questions_to_files(tmp_path):
     assert all(r.outcome.answered == 0 and r.outcome.kept == 12 for r in again)
 
     foreign = {"HALC": [{"id": f"{n}", "text": "A cat", "prompt": "Describe it."} for n in range(12)]}
-    rows = suite.rows(plan, Captions(), ARMS, runs, foreign)
+    rows = [collect.row(Captions(), each) for each in collect.collect(plan, Captions(), ARMS, runs, foreign)]
     assert [row.name for row in rows] == ["greedy", "sampling", "ask", "first 2", "fix", "HALC"]
     assert [row.grade for row in rows] == ["derived", "derived", "derived", "", "derived", ""]
     found = compare.compare("toy", rows, draws=200)
@@ -175,9 +175,8 @@ def test_a_suite_from_questions_to_files(tmp_path):
     assert json.loads(paths[2].read_text())["items"] == 12
 
     with pytest.raises(UsageError, match="'0' was asked 'What'"):
-        suite.rows(
-            plan, Captions(), ARMS, runs, {"HALC": [{"id": "0", "text": "", "prompt": "What"}, *foreign["HALC"][1:]]}
-        )
+        other = [{"id": "0", "text": "", "prompt": "What"}, *foreign["HALC"][1:]]
+        collect.collect(plan, Captions(), ARMS, runs, {"HALC": other})
 
 
 def test_failed_items_are_told_in_the_notes(tmp_path):
@@ -189,7 +188,8 @@ def test_failed_items_are_told_in_the_notes(tmp_path):
 
     plan = grid.parse({"benchmarks": ["text"]})
     runs = suite.run(plan, Captions(), [GREEDY], Broken, tmp_path)
-    (row,) = suite.rows(plan, Captions(), [GREEDY], runs)
+    (each,) = collect.collect(plan, Captions(), [GREEDY], runs)
+    row = collect.row(Captions(), each)
     assert row.notes[0] == "1 items failed and are not scored, first '3': ValueError: no"
     assert len(row.score.ids) == 11
 
