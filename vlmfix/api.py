@@ -20,7 +20,7 @@ from vlmfix.attention.request import NO_PICTURE, Request
 from vlmfix.errors import Refusal, UsageError
 from vlmfix.hf import encoding, hooks, loading, settings
 from vlmfix.hf.batches import Batcher
-from vlmfix.hf.inputs import MASK_KINDS
+from vlmfix.hf.inputs import mask_kind
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.sinks import sink_dims
 from vlmfix.layout import MaskKind
@@ -273,7 +273,7 @@ def compile_for(parts: Parts, recipe: Recipe, processor: Any = None) -> Compiled
         heads=parts.heads,
         hidden_size=parts.hidden_size,
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
-        prefix=MASK_KINDS.get(parts.family) == MaskKind.PREFIX,
+        prefix=mask_kind(parts.family) == MaskKind.PREFIX,
         sink_dims=lambda: sink_dims(parts, tokenizer),
         tokenize=None
         if tokenizer is None

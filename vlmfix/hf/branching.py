@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.errors import Refusal
+from vlmfix.hf.families import FAMILIES
 from vlmfix.hf.inputs import PER_ROW, Prompt, by_row, change_pixels, edit, gather
 from vlmfix.hf.parts import Parts
 from vlmfix.layout import Layout
@@ -59,8 +60,9 @@ def join(parts: Parts, prompt: Prompt, views: Sequence[View], visible: bool = Tr
     Raises:
         Refusal: the family cannot run branches, or the prompt consists of embeddings alone.
     """
-    if parts.family in UNBRANCHED:
-        raise Refusal(f"{parts.family}: {UNBRANCHED[parts.family]}; use an attention method instead")
+    family = FAMILIES.get(parts.family)
+    if family is not None and family.branches.startswith("no"):
+        raise Refusal(f"{parts.family} cannot run branches ({family.branches}); use an attention method instead")
     if prompt.ids is None:
         raise Refusal(
             "a prompt of inputs_embeds has no text a branch could be made from; pass input_ids and the "
@@ -86,13 +88,6 @@ def join(parts: Parts, prompt: Prompt, views: Sequence[View], visible: bool = Tr
     positions = _positions(parts, ids, inputs)
     inputs["position_ids"] = positions
     return Joint(inputs, mask, positions, layout, prompt.layout.rows, len(views), parts.family in PER_ROW)
-
-
-UNBRANCHED = {
-    "kosmos-2": "its own generate neither passes keywords nor pads rows equally, so branches cannot ride in "
-    "the same forward",
-    "mllama": "its cross-attention ties every row to a picture, so branches cannot ride in the same forward",
-}
 
 
 def _left_padded(rows: list[list[int]], length: int, like: Tensor) -> Tensor:

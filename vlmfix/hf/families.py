@@ -186,6 +186,7 @@ _TESTED = (
         "own, self- and cross-attention layers",
         "1 placeholder; keys of the cross layers: pictures x 4 tiles x (patches + 1)",
         visual="cross-attention",
+        branches="no: cross-attention ties every row to a picture",
         notes="rows of one batch must have the same number of pictures: tokens before the first picture look at "
         "padding; a static cache fails in 5.17",
     ),
@@ -195,7 +196,7 @@ _TESTED = (
         "own",
         "latent_query_num",
         visual="position-mask",
-        branches="no: its own generate hides the picture inputs",
+        branches="no: its own generate neither passes keywords on nor pads rows equally",
         notes="exactly one picture per row; left-padded rows differ in transformers itself, so the rows of a batch "
         "must have one length; a static cache fails",
     ),

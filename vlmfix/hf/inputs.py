@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.errors import Refusal, UsageError
+from vlmfix.hf.families import FAMILIES
 from vlmfix.hf.parts import Parts
 from vlmfix.layout import Layout, MaskKind
 from vlmfix.view import RowText, View
@@ -18,27 +19,6 @@ TOKEN_KEYS = ("attention_mask", "token_type_ids", "mm_token_type_ids", "image_em
 """Inputs with one entry per prompt token."""
 
 NOT_PICTURES = ("bos_token_id", "eos_token_id", "pad_token_id", "negative_prompt_ids", "negative_prompt_attention_mask")
-
-NEEDS_TYPES = {
-    "paligemma": "token_type_ids",
-    "gemma3": "token_type_ids",
-    "molmo2": "mm_token_type_ids",
-    **dict.fromkeys(
-        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm4v_moe"),
-        "mm_token_type_ids",
-    ),
-}
-"""Families that silently read a prompt with pictures as plain text when these types are missing."""
-
-MASK_KINDS = {
-    "paligemma": MaskKind.PREFIX,
-    "gemma3": MaskKind.IMAGE_BLOCKS,
-    "molmo2": MaskKind.IMAGE_BLOCKS,
-    "llama4": MaskKind.CHUNK,
-    "aya_vision": MaskKind.WINDOW,
-    "cohere2_vision": MaskKind.WINDOW,
-    "gemma4": MaskKind.WINDOW,
-}
 
 
 PER_ROW = ("idefics2", "idefics3", "smolvlm")
@@ -86,7 +66,8 @@ def read(
     pictures = {k: v for k, v in inputs.items() if _is_picture(k, v) and k not in tokens}
     if visual_mask is None:
         visual_mask = _visual(parts, ids, inputs)
-    missing = NEEDS_TYPES.get(parts.family)
+    family = FAMILIES.get(parts.family)
+    missing = "" if family is None else family.types
     if missing and ids is not None and missing not in tokens and bool(visual_mask.any()):
         raise UsageError(
             f"{parts.family} reads a prompt with pictures as plain text when {missing} is missing; pass "
@@ -95,8 +76,14 @@ def read(
         )
     valid = tokens.get("attention_mask")
     images = _image_index(parts, ids, visual_mask, pictures, global_tile)
-    layout = Layout.of(visual_mask, valid, images, MASK_KINDS.get(parts.family, MaskKind.CAUSAL))
+    layout = Layout.of(visual_mask, valid, images, mask_kind(parts.family))
     return Prompt(ids, embeds, tokens, pictures, layout)
+
+
+def mask_kind(family: str) -> MaskKind:
+    """How prompt rows of a family see each other; causal for families not in the table."""
+    row = FAMILIES.get(family)
+    return MaskKind.CAUSAL if row is None else MaskKind(row.mask)
 
 
 def _is_picture(key: str, value: Any) -> bool:
@@ -232,7 +219,8 @@ def _per_tile(parts: Parts, view: View, piece: Tensor, index: int) -> Tensor:
         return view.pixels(patches[:, :, 0], index)[:, :, None].expand_as(patches).reshape(piece.shape)
     real = piece.flatten(1).any(1)
     out = piece.clone()
-    out[real] = view.pixels(piece[real], index)
+    if real.any():
+        out[real] = view.pixels(piece[real], index)
     return out
 
 

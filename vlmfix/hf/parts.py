@@ -75,7 +75,7 @@ def find(model: Any, require_pictures: bool = True) -> Parts:
     """
     config = model.config
     name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
+    if config.is_encoder_decoder or getattr(config.get_text_config(decoder=True), "is_encoder_decoder", False):
         raise Refusal(
             f"{name}: encoder-decoder models keep the picture in the encoder; vlmfix acts on decoder-only VLMs "
             "(`vlmfix models` lists them)"
