@@ -174,8 +174,8 @@ def test_a_suite_from_questions_to_files(tmp_path):
     assert [path.name for path in paths] == ["table.md", "table.tex", "table.json", "forest.svg"]
     assert json.loads(paths[2].read_text())["items"] == 12
 
+    other = [{"id": "0", "text": "", "prompt": "What"}, *foreign["HALC"][1:]]
     with pytest.raises(UsageError, match="'0' was asked 'What'"):
-        other = [{"id": "0", "text": "", "prompt": "What"}, *foreign["HALC"][1:]]
         collect.collect(plan, Captions(), ARMS, runs, {"HALC": other})
 
 
