@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.errors import Refusal
-from vlmfix.hf.families import FAMILIES
+from vlmfix.hf.families import FAMILIES, UNBRANCHED
 from vlmfix.hf.inputs import PER_ROW, Prompt, by_row, change_pixels, edit, gather
 from vlmfix.hf.parts import Parts
 from vlmfix.layout import Layout
@@ -60,9 +60,9 @@ def join(parts: Parts, prompt: Prompt, views: Sequence[View], visible: bool = Tr
     Raises:
         Refusal: the family cannot run branches, or the prompt consists of embeddings alone.
     """
-    family = FAMILIES.get(parts.family)
-    if family is not None and family.branches.startswith("no"):
-        raise Refusal(f"{parts.family} cannot run branches ({family.branches}); use an attention method instead")
+    if parts.family in UNBRANCHED:
+        reason = FAMILIES[parts.family].branches.removeprefix("no: ")
+        raise Refusal(f"{parts.family} cannot run branches: {reason}; use an attention method instead")
     if prompt.ids is None:
         raise Refusal(
             "a prompt of inputs_embeds has no text a branch could be made from; pass input_ids and the "

@@ -279,3 +279,9 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (*_TESTED, *_RE
     for name, notes in _UNTESTED.items()
 }
 """Every family of AutoModelForImageTextToText by model_type: tested, refused, then untested."""
+
+UNBRANCHED = tuple(family.name for family in FAMILIES.values() if family.branches.startswith("no"))
+"""Families that cannot run branches."""
+
+CROSSING = tuple(family.name for family in FAMILIES.values() if family.visual == "cross-attention")
+"""Families whose pictures are not among the keys of the text."""
