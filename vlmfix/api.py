@@ -20,6 +20,7 @@ from vlmfix.attention.request import NO_PICTURE, Request
 from vlmfix.errors import Refusal, UsageError
 from vlmfix.hf import encoding, hooks, loading, settings
 from vlmfix.hf.batches import Batcher
+from vlmfix.hf.families import CROSSING
 from vlmfix.hf.inputs import mask_kind
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.sinks import sink_dims
@@ -274,16 +275,14 @@ def compile_for(parts: Parts, recipe: Recipe, processor: Any = None) -> Compiled
         hidden_size=parts.hidden_size,
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         prefix=mask_kind(parts.family) == MaskKind.PREFIX,
+        crossing=parts.family in CROSSING,
+        class_attention=bool(parts.tower),
         sink_dims=lambda: sink_dims(parts, tokenizer),
         tokenize=None
         if tokenizer is None
         else lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
     )
     return recipe.compile(facts, preset(getattr(parts.model.config, "_name_or_path", "") or ""))
-
-
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -29,8 +29,10 @@ class ModelFacts:
         hidden_size: width of the residual stream.
         softcap: whether attention scores are soft-capped.
         prefix: whether prompt rows see text after them (no causal mask in prefill).
+        crossing: whether pictures are read through cross-attention, so that they are not among the text's keys.
         sink_dims: finds the massive-activation dimensions of the residual stream, on demand.
         tokenize: text -> token ids without special tokens; absent without a processor.
+        class_attention: whether the attention of the vision tower's class token can be read off.
     """
 
     family: str
@@ -39,8 +41,10 @@ class ModelFacts:
     hidden_size: int
     softcap: bool = False
     prefix: bool = False
+    crossing: bool = False
     sink_dims: Any = field(default=None, repr=False, compare=False)
     tokenize: Callable[[str], list[int]] | None = field(default=None, repr=False, compare=False)
+    class_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class LayerContext:
         memory: the method's own notes on this layer; tensors with B rows follow beams.
         notes: the method's notes on the whole generation (see `AttentionMethod.watch`).
         facts: the model.
+        seen: vision layer -> [B, K] attention of the class token to each visual token, summed over heads; nan elsewhere.
     """
 
     layer: int
@@ -66,6 +71,7 @@ class LayerContext:
     memory: dict[str, Tensor]
     notes: dict[str, Tensor]
     facts: ModelFacts
+    seen: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,8 @@ class AttentionMethod(Method):
     reads_hidden: ClassVar[bool] = False
     needs_picture: ClassVar[bool] = True
     scales_scores: ClassVar[bool] = False
+    vision_layers: ClassVar[tuple[int, ...]] = ()
+    """Layers of the vision tower (negative from the end) whose class-token attention it reads."""
 
     on: Literal["visible", "all", "branches"] = field(default="visible", kw_only=True)
 
@@ -197,19 +205,21 @@ class DecodingMethod(Method):
 
     kind: ClassVar[str] = "decoding"
     needs_picture: ClassVar[bool] = True
-    late: ClassVar[bool] = False
-    """Whether its one branch is the visible prompt with some embeddings wiped, known only after the prefill."""
 
     def branches(self) -> tuple[View, ...]:
         """One view per branch; none when the weight is zero for the whole run."""
         return ()
+
+    def late(self) -> bool:
+        """Whether its one branch is the visible prompt with some embeddings wiped, known only after the prefill."""
+        return False
 
     def probes(self) -> tuple[View, ...]:
         """Views whose rows run beside the visible rows' prefill and are dropped after it; for late methods."""
         return ()
 
     def wiped(self, notes: dict[str, Tensor], layout: Layout, visible: int) -> Tensor:
-        """Positions whose embeddings a late branch sees as zeros.
+        """Positions whose embeddings a late branch sees as `blank` everywhere.
 
         Args:
             notes: what the method's own attention methods noted in the prefill; rows are visible rows, then probes.
@@ -220,6 +230,10 @@ class DecodingMethod(Method):
             [visible, K] bool.
         """
         raise NotImplementedError
+
+    def blank(self) -> float:
+        """What every entry of a wiped embedding becomes."""
+        return 0.0
 
     def taps(self, depth: int) -> tuple[int, ...]:
         """Layers whose entering residual stream the method reads at the last position of every step."""

@@ -47,7 +47,7 @@ class Compiled:
     @property
     def late(self) -> bool:
         """Whether a branch waits for the visible rows' prefill."""
-        return self.decoding is not None and self.decoding.late
+        return self.decoding is not None and self.decoding.late()
 
     @cached_property
     def taps(self) -> frozenset[int]:
@@ -58,6 +58,11 @@ class Compiled:
     def watched_layers(self) -> frozenset[int]:
         """Layers whose attention some method looks at."""
         return frozenset().union(*(method.watches(self.facts.depth) for method in self.attention))
+
+    @cached_property
+    def vision_layers(self) -> frozenset[int]:
+        """Vision layers whose class-token attention some method reads."""
+        return frozenset().union(*(method.vision_layers for method in self.attention))
 
     @cached_property
     def reading_layers(self) -> frozenset[int]:

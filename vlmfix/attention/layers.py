@@ -35,6 +35,7 @@ class Layers:
         self.layers_touched: list[set[int]] = []
         self.tapped: dict[int, Tensor] = {}
         self.notes: dict[int, dict[str, Tensor]] = {}
+        self.seen: dict[int, Tensor] = {}
         self._prefilling = True
         self._hidden: dict[int, Tensor] = {}
         self._plans: dict[int, tuple[Plan, ...]] = {}
@@ -67,6 +68,7 @@ class Layers:
         self._plans = {k: tuple(_rowwise(plan, change) for plan in plans) for k, plans in self._plans.items()}
         self._memory = {k: {name: change(t) for name, t in notes.items()} for k, notes in self._memory.items()}
         self.notes = {k: {name: change(t) for name, t in notes.items()} for k, notes in self.notes.items()}
+        self.seen = {k: change(t) for k, t in self.seen.items()}
 
     def repeat(self, repeats: int) -> None:
         """Every row several times in place."""
@@ -162,7 +164,8 @@ class Layers:
     def _context(self, index: int, layer: int, heads: int, hidden: Tensor | None) -> LayerContext:
         memory = self._memory.setdefault((index, layer), {})
         notes = self.notes.setdefault(index, {})
-        return LayerContext(layer, self.layout, heads, hidden, self.past, memory, notes, self.compiled.facts)
+        facts = self.compiled.facts
+        return LayerContext(layer, self.layout, heads, hidden, self.past, memory, notes, facts, self.seen)
 
 
 def _rowwise(value: Any, change: Any) -> Any:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmfix.attention.branches import BranchRun
 from vlmfix.attention.compiled import Compiled
 from vlmfix.attention.late import LatePrompt
 from vlmfix.attention.layers import Layers
+from vlmfix.hf import encoding
 from vlmfix.hf.attend import Look
 from vlmfix.hf.branching import Joint
 from vlmfix.hf.cache import BranchCache, BranchRows, StaticBranchCache
 from vlmfix.hf.lens import lens
 from vlmfix.hf.parts import Parts
+from vlmfix.hf.vision import class_row, on_tokens
 from vlmfix.layout import Layout
 from vlmfix.method import Step
 from vlmfix.plan import Plan
@@ -72,6 +74,8 @@ class Request:
         first = late.first.layout if late is not None else layout if joint is None else joint.layout
         visible = torch.arange(first.rows, device=first.kinds.device) < layout.rows
         self.layers = Layers(compiled, first, visible)
+        self.inputs: Mapping[str, Any] = {} if joint is None else joint.inputs
+        self._class_rows: dict[int, Tensor] = {}
 
     # --- the model's forward -----------------------------------------------------------------------------------------
 
@@ -161,6 +165,9 @@ class Request:
 
     def step(self, rows: int, queries: int, past: Any, device: Any) -> None:
         """A decoder forward begins."""
+        if self.compiled.vision_layers and not self.layers.seen and bool(self.layers.layout.visual.any()):
+            rows, layout = self._class_rows or encoding.notes(), self.layers.layout
+            self.layers.seen = {k: on_tokens(self.parts.model, layout, v, self.inputs) for k, v in rows.items()}
         self.layers.step(rows, queries, past, device)
 
     def embeds(self, embeds: Tensor) -> Tensor:
@@ -170,6 +177,12 @@ class Request:
     def observe(self, layer: int, hidden: Tensor) -> None:
         """[B, Q, width] residual stream entering a layer."""
         self.layers.observe(layer, hidden)
+
+    def see(self, layer: int, attention: nn.Module, hidden: Tensor) -> None:
+        """Reads off where the class token looks, in the vision layers that a method asks for."""
+        for wanted in self.compiled.vision_layers:
+            if layer == wanted % len(self.parts.tower):
+                self._class_rows[wanted] = encoding.notes()[wanted] = class_row(attention, hidden)
 
     def visit(self, layer: int, look: Look) -> tuple[tuple[Plan, ...], int]:
         """Plans of a layer and the first query position any of them changes."""

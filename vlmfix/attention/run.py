@@ -24,7 +24,10 @@ def open_request(
     if rewritten(compiled, prompt.layout):
         late = LatePrompt.of(parts, compiled, prompt) if compiled.late else None
         joint = join(parts, prompt, compiled.views) if compiled.views else None
-    return Request(parts, compiled, prompt.layout, joint, late), prompt
+    request = Request(parts, compiled, prompt.layout, joint, late)
+    if joint is None and late is None:
+        request.inputs = prompt.pictures
+    return request, prompt
 
 
 def generate(

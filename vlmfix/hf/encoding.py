@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class Memory:
-    """The last batch of encoded pictures: content of the encoder's inputs, and what it returned."""
+    """The last batch of encoded pictures: content of the encoder's inputs, what it returned, what was read off."""
 
     key: str = ""
     value: Any = None
+    notes: dict[int, Tensor] = field(default_factory=dict)
 
 
 _MEMORY: ContextVar[Memory | None] = ContextVar("vlmfix_encoded", default=None)
@@ -50,6 +51,12 @@ def once(model: Any, memory: Memory) -> Iterator[None]:
         _MEMORY.reset(token)
 
 
+def notes() -> dict[int, Tensor]:
+    """What was read off the tower by layer when the remembered pictures were encoded; kept with them."""
+    memory = _MEMORY.get()
+    return {} if memory is None else memory.notes
+
+
 def _enter(owner: Any) -> None:
     with _LOCK:
         users = _USERS.setdefault(owner, [0])
@@ -74,6 +81,7 @@ def _remembering(original: Any, owner: Any) -> Any:
             return original(owner(), *args, **kwargs)
         key = _content(args, kwargs)
         if memory.key != key:
+            memory.notes.clear()
             memory.value = original(owner(), *args, **kwargs)
             memory.key = key
         return _own(memory.value)

@@ -42,6 +42,10 @@ class Request(attend.Request, Protocol):
         """[B, Q, width] residual stream entering a layer."""
         ...
 
+    def see(self, layer: int, attention: nn.Module, hidden: Tensor) -> None:
+        """[tiles, 1 + N, width] input of a vision layer's attention, class token first."""
+        ...
+
 
 REQUEST: ContextVar[Request | None] = ContextVar("vlmfix_request", default=None)
 LOCK = threading.RLock()
@@ -96,6 +100,8 @@ class _Installation:
         self.handles.append(parts.decoder.register_forward_pre_hook(_enter_decoder(parts), with_kwargs=True))
         for layer, block in parts.blocks.items():
             self.handles.append(block.register_forward_pre_hook(_enter_block(parts, layer), with_kwargs=True))
+        for layer, attention in parts.tower.items():
+            self.handles.append(attention.register_forward_pre_hook(_enter_vision(parts, layer), with_kwargs=True))
 
     def remove(self, model: nn.Module) -> None:
         for handle in self.handles:
@@ -238,5 +244,14 @@ def _enter_block(parts: Parts, layer: int) -> Any:
         request = _current(parts)
         if request is not None:
             request.observe(layer, args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _enter_vision(parts: Parts, layer: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        request = _current(parts)
+        if request is not None:
+            request.see(layer, module, args[0] if args else kwargs["hidden_states"])
 
     return hook

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from vlmfix.errors import Refusal
 from vlmfix.hf import attend
+from vlmfix.hf.vision import class_tower
 from vlmfix.plan import Plan
 
 
@@ -51,6 +53,11 @@ class Parts:
     def depth(self) -> int:
         """Number of decoder layers, those without attention included."""
         return max([*self.heads, len(self.blocks) - 1]) + 1
+
+    @cached_property
+    def tower(self) -> dict[int, nn.Module]:
+        """Vision layer -> attention module, where the tower has a class token and its patches are visual tokens."""
+        return class_tower(self.model)
 
     @property
     def embeds(self) -> bool:
