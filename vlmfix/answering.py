@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-import vlmfix.pictures as pictures
-from vlmfix.errors import PictureError
+from vlmfix import pictures
+from vlmfix.errors import PictureError, VlmfixError
 from vlmfix.items import Fault, Item
 
 if TYPE_CHECKING:
     from vlmfix.api import Answer, FixedVLM
 
 Record = dict[str, Any]
+_Batch = list[tuple[Item, list[Image.Image]]]
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,14 @@ def answer_all(
 
     Yields:
         Records of the items that were just finished: id, image, prompt, recipe, text or error, tokens, seconds, report.
+
+    Raises:
+        VlmfixError: the model refuses the whole first batch, so that the recipe or the settings cannot work.
     """
     groups: dict[tuple[Path, ...], list[Item]] = {}
     for item in items:
         groups.setdefault(item.images, []).append(item)
-    waiting = sorted(groups.values(), key=len, reverse=True)
+    waiting, begun = sorted(groups.values(), key=len, reverse=True), False
     for start in range(0, len(waiting), batch_size):
         chunk: list[Seen] = []
         failed: list[Record] = []
@@ -61,7 +65,15 @@ def answer_all(
             yield failed
         for turn in range(max((len(seen.items) for seen in chunk), default=0)):
             batch = [(seen.items[turn], seen.images) for seen in chunk if len(seen.items) > turn]
-            yield _answer(vlm, batch, seed, generation)
+            records = _answer(vlm, batch, seed, generation)
+            refused = [each for each in records if isinstance(each, VlmfixError)]
+            if not begun and len(refused) == len(batch):
+                raise refused[0]  # the recipe or the settings are at fault, not the items
+            begun = True
+            yield [
+                error_record(item, str(vlm.recipe), each) if isinstance(each, VlmfixError) else each
+                for (item, _), each in zip(batch, records, strict=True)
+            ]
 
 
 def error_record(item: Item | Fault, recipe: str, error: Exception | str) -> Record:
@@ -72,9 +84,8 @@ def error_record(item: Item | Fault, recipe: str, error: Exception | str) -> Rec
     return _record(item.id, _single(item.names), item.prompt, recipe, error=f"{where}{error}")
 
 
-def _answer(
-    vlm: FixedVLM, batch: list[tuple[Item, list[Image.Image]]], seed: int | None, generation: dict[str, Any]
-) -> list[Record]:
+def _answer(vlm: FixedVLM, batch: _Batch, seed: int | None, generation: dict[str, Any]) -> list[Record | VlmfixError]:
+    """Records of a batch, in two halves if it fails as a whole; a refusal stands in the place of a record."""
     items = [item for item, _ in batch]
     try:
         answers = vlm.answer(
@@ -86,11 +97,13 @@ def _answer(
             **generation,
         )
     except Exception as error:  # whatever one item did to the model must not cost the others their answers
-        if len(batch) == 1:
-            return [error_record(items[0], str(vlm.recipe), _reason(error))]
+        failure = error.with_traceback(None)  # its frames hold the memory that the halves will need
+    else:
+        return [_answered(vlm, item, images, each) for (item, images), each in zip(batch, answers, strict=True)]
+    if len(batch) > 1:
         half = len(batch) // 2
         return _answer(vlm, batch[:half], seed, generation) + _answer(vlm, batch[half:], seed, generation)
-    return [_answered(vlm, item, images, each) for (item, images), each in zip(batch, answers, strict=True)]
+    return [failure if isinstance(failure, VlmfixError) else error_record(items[0], str(vlm.recipe), _reason(failure))]
 
 
 def _answered(vlm: FixedVLM, item: Item, images: list[Image.Image], answer: Answer) -> Record:

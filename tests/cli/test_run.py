@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from vlmfix.errors import Refusal
+
+from .fake import FakeVLM
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -185,14 +189,67 @@ def test_no_permission(vlmfix_says, fake_model, photos, tmp_path, monkeypatch):
     assert "cannot be written (Permission denied); choose another place" in " ".join(result.stderr.split())
 
 
-def start(*arguments, **settings):
+def test_settings_that_the_model_refuses_are_wrong_usage(vlmfix_says, fake_model, photos, tmp_path, monkeypatch):
+    def refuse(self, images, prompts, **_):
+        raise Refusal("beams do not go with this method; use --beams 1")
+
+    monkeypatch.setattr(FakeVLM, "answer", refuse)
+    out = tmp_path / "a.jsonl"
+    result = vlmfix_says("run", photos, "-p", "?", "--beams", 3, "--out", out)
+    assert result.exit_code == 2
+    assert "use --beams 1" in result.stderr
+    assert out.read_text() == ""
+
+
+def test_an_item_that_the_model_refuses_is_its_own_error(vlmfix_says, fake_model, photos, monkeypatch):
+    answer = FakeVLM.answer
+
+    def picky(self, images, prompts, **options):
+        if any(image.width == 3 for image in images):
+            raise Refusal("too narrow")
+        return answer(self, images, prompts, **options)
+
+    monkeypatch.setattr(FakeVLM, "answer", picky)
+    result = vlmfix_says("run", photos, "-p", "?", "--json")
+    assert result.exit_code == 1
+    found = {record["image"]: record for record in map(json.loads, result.stdout.splitlines())}
+    assert found["3.png"]["error"] == "3.png: too narrow"
+    assert sum("text" in record for record in found.values()) == 4
+
+
+def test_full_stdout(photos):
+    with open("/dev/full", "w") as full:
+        process = start(photos, "-p", "?", "--json", stdout=full)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "No space left on device; make room" in stderr
+
+
+def test_interrupt_says_how_to_go_on(photos, tmp_path):
+    out = tmp_path / "a.jsonl"
+    process = start(photos, "-p", "?", "--out", out, "--batch-size", 1, FAKE_SECONDS="0.3")
+    wait_for(out, 100, process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in stderr
+
+
+def wait_for(path, size, process):
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.stat().st_size > size):
+        assert time.monotonic() < deadline, process.communicate(timeout=5)
+        time.sleep(0.02)
+
+
+def start(*arguments, stdout=subprocess.PIPE, **settings):
     command = [sys.executable, "-m", "tests.cli.fake", "run", *map(str, arguments)]
     limit = settings.pop("file_size", None)
     return subprocess.Popen(
         command,
         cwd=ROOT,
         env={**os.environ, **settings},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
@@ -204,10 +261,7 @@ def test_kill_loses_at_most_the_batch_in_flight(photos, tmp_path):
     rows = [{"image": f"{1 + n % 5}.png", "prompt": f"question {n}"} for n in range(40)]
     arguments = (write(photos / "ask.jsonl", *rows), "--out", out, "--batch-size", 2)
     process = start(*arguments, FAKE_SECONDS="0.1", FAKE_LOG=str(log))
-    deadline = time.monotonic() + 60
-    while not (out.exists() and out.stat().st_size > 1000):
-        assert time.monotonic() < deadline, process.communicate(timeout=5)
-        time.sleep(0.02)
+    wait_for(out, 1000, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = len(keys(out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from vlmfix import __version__
-from vlmfix.commands.console import fail
+from vlmfix.commands.console import SOME_FAILED, fail
 from vlmfix.commands.options import spread
 from vlmfix.errors import VlmfixError
 
@@ -45,6 +46,11 @@ class _Lazy(TyperGroup):
             return super().invoke(ctx)
         except VlmfixError as error:
             raise typer.Exit(fail(error)) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            reason = VlmfixError(f"the output cannot be written: {error.strerror}; make room and start again")
+            raise typer.Exit(fail(reason, SOME_FAILED)) from error
 
 
 def _command(name: str) -> Any:

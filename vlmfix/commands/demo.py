@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,10 @@ def demo(
         records[record["recipe"]].append(record)
     rows = {name: _score(captions, questions, kept) for name, kept in records.items()}
     if as_json:
-        emit({"answers": str(answers), "recipes": {name: row.figures for name, row in rows.items()}})
+        figures = {
+            name: {k: None if math.isnan(v) else v for k, v in row.figures.items()} for name, row in rows.items()
+        }
+        emit({"answers": str(answers), "recipes": figures})
     else:
         _show_captions(rows, list(captions.items())[:shown])
         show(_summary(rows, len(captions.items()), len(questions.items())))
@@ -141,7 +145,11 @@ def _summary(rows: Mapping[str, Row], captions: int, questions: int) -> Table:
     columns = ["recipe", *FIGURES.values(), "yes/no right %", "yes %", "s/answer"]
     names = [*FIGURES, "accuracy", "yes_ratio"]
     cells = (
-        [name, *(f"{row.figures[figure]:.1f}" for figure in names), f"{row.figures['seconds_per_answer']:.3f}"]
+        [name, *(_figure(row.figures[figure]) for figure in names), f"{row.figures['seconds_per_answer']:.3f}"]
         for name, row in rows.items()
     )
     return table(columns, cells, f"{captions} captions, {questions} yes/no questions")
+
+
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1f}"
