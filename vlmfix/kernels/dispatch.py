@@ -69,3 +69,8 @@ def must_cast(dtype: torch.dtype) -> bool:
 def power_of_two(n: int, least: int = 1) -> int:
     """Smallest power of two that is at least n and `least`."""
     return max(least, 1 << (n - 1).bit_length()) if n > 1 else max(least, 1)
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous, copied only if it is not."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -60,7 +60,8 @@ def common(
     """
     batch, heads, queries, size = q.shape
     n_kv, keys, size_v = k.shape[1], k.shape[2], v.shape[3]
-    pointer, strides, floor = q_pos, (0, 0, 0), 0.0
+    pointer, floor = q_pos, 0.0
+    strides: tuple[int, ...] = (0, 0, 0)
     if mask is not None:
         spread = mask.expand(batch, heads, queries, keys)
         strides = spread.stride()[:3]

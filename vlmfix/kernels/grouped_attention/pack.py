@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,15 @@ MOST_GROUPS = 16
 
 @dataclass(frozen=True)
 class Digit:
-    """A plan's group id within the joint id: (joint // radix) % size."""
+    """Where a plan's group id sits in the joint id: (joint // radix) % size.
 
-    plan: Plan
+    Args:
+        index: place of the plan among the plans.
+        radix: product of the sizes before it.
+        size: the plan's number of groups.
+    """
+
+    index: int
     radix: int
     size: int
 
@@ -30,7 +37,7 @@ class Packed:
     Args:
         groups: [B, K0] uint8 joint group of each prompt key; None if all keys are alike.
         n_groups: G.
-        digits: the plans with groups, and where their ids sit in the joint id.
+        digits: for each plan with groups, where its ids sit in the joint id.
         active: [P, B] int64 first active position.
         tables: [P, 3, B, H, G] float32 slope for z >= 0, slope for z < 0, bias; None if no plan has any.
         key_slope: [P, B, 1 or H, K0] float32, None if no plan has any.
@@ -111,12 +118,13 @@ def pack(plans: Sequence[Plan], heads: int) -> Packed:
     batch, device = plans[0].active_from.shape[0], plans[0].active_from.device
     groups = None
     for digit in digits:
-        part = digit.plan.groups if digit.radix == 1 else digit.plan.groups * digit.radix
+        own = plans[digit.index].groups
+        part = own if digit.radix == 1 else own * digit.radix
         groups = part if groups is None else groups + part
     hidden = [torch.stack((x.query_from, x.start, x.end)) for plan in plans for x in plan.hidden]
     weights = [plan.key_weight for plan in plans if plan.key_weight is not None]
-    roll_digit = next((d for d in digits if d.plan.rolling is not None), None)
-    roll = roll_digit.plan.rolling if roll_digit else None
+    roll_digit = next((d for d in digits if plans[d.index].rolling is not None), None)
+    roll = plans[roll_digit.index].rolling if roll_digit else None
     return Packed(
         groups=None if groups is None else groups.to(torch.uint8).contiguous(),
         n_groups=n_groups,
@@ -134,10 +142,23 @@ def pack(plans: Sequence[Plan], heads: int) -> Packed:
     )
 
 
-def marginal(masses: Tensor, digit: Digit, n_groups: int) -> Tensor:
-    """A plan's masses [B, H, Q, G or G + 1] out of the joint ones [B, H, Q, R]."""
-    plain = masses[..., :n_groups].unflatten(-1, (-1, digit.size, digit.radix)).sum((-3, -1))
-    if digit.plan.key_weight is None:
+_packs: dict[tuple[int, ...], Packed] = {}
+
+
+def packed_once(plans: Sequence[Plan], heads: int) -> Packed:
+    """`pack`, remembered as long as the plans live; their tensors must not change in place meanwhile."""
+    key = (heads, *map(id, plans))
+    if key not in _packs:
+        _packs[key] = pack(plans, heads)
+        for plan in plans:
+            weakref.finalize(plan, _packs.pop, key, None)
+    return _packs[key]
+
+
+def marginal(masses: Tensor, digit: Digit, n_groups: int, weighted: bool) -> Tensor:
+    """A plan's masses [B, H, Q, G], or G + 1 if it has weights, out of the joint ones [B, H, Q, R]."""
+    plain: Tensor = masses[..., :n_groups].unflatten(-1, (-1, digit.size, digit.radix)).sum((-3, -1))
+    if not weighted:
         return plain
     return torch.cat([plain, masses[..., n_groups:].sum(-1, keepdim=True)], -1)
 
@@ -150,10 +171,10 @@ def spread(factors: Tensor, digit: Digit, n_groups: int) -> Tensor:
 
 def _joint(plans: Sequence[Plan]) -> tuple[tuple[Digit, ...], int]:
     digits, radix = [], 1
-    for plan in plans:
+    for i, plan in enumerate(plans):
         scored = plan.slope_pos is not None or plan.bias is not None
         if scored or plan.rule is not None or "mass" in plan.statistics or plan.key_weight is not None:
-            digits.append(Digit(plan, radix, plan.n_groups))
+            digits.append(Digit(i, radix, plan.n_groups))
             radix *= plan.n_groups
     return tuple(digits), radix
 
@@ -164,13 +185,13 @@ def _tables(plans: Sequence[Plan], digits: Sequence[Digit], n_groups: int, heads
     batch, device = plans[0].active_from.shape[0], plans[0].active_from.device
     tables = torch.ones(len(plans), 3, batch, heads, n_groups, device=device)
     tables[:, 2] = 0
-    by_plan = {id(digit.plan): digit for digit in digits}
-    for table, plan in zip(tables, plans, strict=True):
+    for digit in digits:
+        plan, table = plans[digit.index], tables[digit.index]
         if plan.slope_pos is not None:
-            table[0] = _expanded(plan.slope_pos, by_plan[id(plan)], n_groups)
-            table[1] = table[0] if plan.slope_neg is None else _expanded(plan.slope_neg, by_plan[id(plan)], n_groups)
+            table[0] = _expanded(plan.slope_pos, digit, n_groups)
+            table[1] = table[0] if plan.slope_neg is None else _expanded(plan.slope_neg, digit, n_groups)
         if plan.bias is not None:
-            table[2] = _expanded(plan.bias, by_plan[id(plan)], n_groups)
+            table[2] = _expanded(plan.bias, digit, n_groups)
     return tables
 
 

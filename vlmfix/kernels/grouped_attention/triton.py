@@ -71,15 +71,14 @@ def member(b, pos, keys, groups, roll_start, n_table, G: tl.constexpr, ROLL: tl.
 
 @triton.jit
 def _split(
-    Q, K, V, Mask, QPos, KPos, Low, High, Groups, Active, Tables, KeySlope, KeyWeight, Hidden, RollStart,
-    scale, softcap, floor, n_batch, n_heads, n_kv, n_q, n_k, n_table, slope_heads,
-    q_b, q_h, q_q, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_q, span_b, Acc, Stat, splits,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr,
-    TABLES: tl.constexpr, KEY_SLOPE: tl.constexpr, WEIGHTS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    SPANS: tl.constexpr, CONSECUTIVE: tl.constexpr, SOFTCAP: tl.constexpr, ROLL: tl.constexpr, RADIX: tl.constexpr,
-    SIZE: tl.constexpr, ROLL_GROUP: tl.constexpr, NEAREST: tl.constexpr, FARTHEST: tl.constexpr, CAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    Q, K, V, Mask, QPos, KPos, Low, High, Groups, Active, Tables, KeySlope, KeyWeight, Hidden, RollStart, scale,
+    softcap, floor, n_batch, n_heads, n_kv, n_q, n_k, n_table, slope_heads, q_b, q_h, q_q, k_b, k_h, k_n, v_b, v_h, v_n,
+    m_b, m_h, m_q, span_b, Acc, Stat, splits, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+    HIDDEN: tl.constexpr, TABLES: tl.constexpr, KEY_SLOPE: tl.constexpr, WEIGHTS: tl.constexpr, MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, SPANS: tl.constexpr, CONSECUTIVE: tl.constexpr, SOFTCAP: tl.constexpr, ROLL: tl.constexpr,
+    RADIX: tl.constexpr, SIZE: tl.constexpr, ROLL_GROUP: tl.constexpr, NEAREST: tl.constexpr, FARTHEST: tl.constexpr,
+    CAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: M tile rows of one key/value head over one split of the keys."""
     split = tl.program_id(0)

@@ -33,12 +33,12 @@ def ruled(mass, kinds, heads, arguments, RULE: tl.constexpr, G: tl.constexpr, R:
 
 @triton.jit
 def _merge(
-    Stat, Acc, Factors, Sinks, HeadScale, Active, QPos, Arguments, Out, Masses, Lse,
-    plane, n_batch, n_heads, n_q, splits, rule_plan, out_b, out_h, out_q,
-    SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, SB: tl.constexpr, TB: tl.constexpr,
-    HB: tl.constexpr, DV: tl.constexpr, DB: tl.constexpr, P: tl.constexpr, RULE: tl.constexpr, RULED: tl.constexpr,
-    RADIX: tl.constexpr, SIZE: tl.constexpr, PB: tl.constexpr, N_ARGUMENTS: tl.constexpr, FACTORS: tl.constexpr,
-    SINKS: tl.constexpr, HEAD_SCALE: tl.constexpr, OUT: tl.constexpr, MASSES: tl.constexpr,
+    Stat, Acc, Factors, Sinks, HeadScale, Active, QPos, Arguments, Out, Masses, Lse, plane, n_batch, n_heads, n_q,
+    splits, rule_plan, out_b, out_h, out_q, SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+    SB: tl.constexpr, TB: tl.constexpr, HB: tl.constexpr, DV: tl.constexpr, DB: tl.constexpr, P: tl.constexpr,
+    RULE: tl.constexpr, RULED: tl.constexpr, RADIX: tl.constexpr, SIZE: tl.constexpr, PB: tl.constexpr,
+    N_ARGUMENTS: tl.constexpr, FACTORS: tl.constexpr, SINKS: tl.constexpr, HEAD_SCALE: tl.constexpr, OUT: tl.constexpr,
+    MASSES: tl.constexpr,
 ):  # fmt: skip
     """One program: one query row of one head, DB columns. HB > 1 reads the masses of all heads, for rules that pool."""
     line = tl.program_id(0).to(tl.int64)
@@ -114,12 +114,11 @@ def _merge(
 
 @triton.jit
 def _merge_rows(
-    Stat, Acc, Factors, Sinks, HeadScale, Active, QPos, Arguments, Out, Masses, Lse,
-    plane, n_batch, n_heads, n_q, splits, rule_plan, out_b, out_h, out_q,
-    SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, QB: tl.constexpr, DV: tl.constexpr,
-    DB: tl.constexpr, P: tl.constexpr, RULE: tl.constexpr, RULED: tl.constexpr, RADIX: tl.constexpr, SIZE: tl.constexpr,
-    PB: tl.constexpr, N_ARGUMENTS: tl.constexpr, FACTORS: tl.constexpr, SINKS: tl.constexpr, HEAD_SCALE: tl.constexpr,
-    OUT: tl.constexpr, MASSES: tl.constexpr,
+    Stat, Acc, Factors, Sinks, HeadScale, Active, QPos, Arguments, Out, Masses, Lse, plane, n_batch, n_heads, n_q,
+    splits, rule_plan, out_b, out_h, out_q, SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+    QB: tl.constexpr, DV: tl.constexpr, DB: tl.constexpr, P: tl.constexpr, RULE: tl.constexpr, RULED: tl.constexpr,
+    RADIX: tl.constexpr, SIZE: tl.constexpr, PB: tl.constexpr, N_ARGUMENTS: tl.constexpr, FACTORS: tl.constexpr,
+    SINKS: tl.constexpr, HEAD_SCALE: tl.constexpr, OUT: tl.constexpr, MASSES: tl.constexpr,
 ):  # fmt: skip
     """As `_merge` for unsplit keys and rules that look at one head: QB query rows of one head in one program."""
     iq = tl.program_id(0) * QB + tl.arange(0, QB)

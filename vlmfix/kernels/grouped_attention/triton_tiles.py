@@ -40,15 +40,14 @@ def key_scores(z, b, h, group, pos, keys, active, tables, key_slope, n_batch, n_
 
 @triton.jit
 def _tiles(
-    Q, K, V, Mask, QPos, KPos, Low, High, Groups, Active, Tables, KeySlope, KeyWeight, Hidden, RollStart,
-    scale, softcap, floor, n_batch, n_heads, n_kv, n_q, n_k, n_table, slope_heads,
-    q_b, q_h, q_q, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_q, span_b,
-    Order, Ranks, Owner, HeadScale, Sinks, Acc, Stat, Out, n_tiles, o_b, o_h, o_q,
+    Q, K, V, Mask, QPos, KPos, Low, High, Groups, Active, Tables, KeySlope, KeyWeight, Hidden, RollStart, scale,
+    softcap, floor, n_batch, n_heads, n_kv, n_q, n_k, n_table, slope_heads, q_b, q_h, q_q, k_b, k_h, k_n, v_b, v_h, v_n,
+    m_b, m_h, m_q, span_b, Order, Ranks, Owner, HeadScale, Sinks, Acc, Stat, Out, n_tiles, o_b, o_h, o_q,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr,
-    TABLES: tl.constexpr, KEY_SLOPE: tl.constexpr, WEIGHTS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    SPANS: tl.constexpr, CONSECUTIVE: tl.constexpr, SOFTCAP: tl.constexpr, ROLL: tl.constexpr, RADIX: tl.constexpr,
-    SIZE: tl.constexpr, ROLL_GROUP: tl.constexpr, NEAREST: tl.constexpr, FARTHEST: tl.constexpr, CAST: tl.constexpr,
+    SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr, TABLES: tl.constexpr,
+    KEY_SLOPE: tl.constexpr, WEIGHTS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SPANS: tl.constexpr,
+    CONSECUTIVE: tl.constexpr, SOFTCAP: tl.constexpr, ROLL: tl.constexpr, RADIX: tl.constexpr, SIZE: tl.constexpr,
+    ROLL_GROUP: tl.constexpr, NEAREST: tl.constexpr, FARTHEST: tl.constexpr, CAST: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_SCALE: tl.constexpr, SINKS: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """One program: M query rows of one head and one kind (a group, plain or weighted; DIRECT: all groups at once)."""

@@ -39,7 +39,8 @@ def owners(groups: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
 def _tiled(groups: Tensor, step: int) -> Tensor:
     """[B, T, step], 255 past the end."""
     tiles = -(-groups.shape[1] // step)
-    return torch.nn.functional.pad(groups, (0, tiles * step - groups.shape[1]), value=255).unflatten(1, (tiles, step))
+    padded: Tensor = torch.nn.functional.pad(groups, (0, tiles * step - groups.shape[1]), value=255)
+    return padded.view(groups.shape[0], tiles, step)
 
 
 def _lists(whole: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
