@@ -136,6 +136,11 @@ class Recipe:
             if method.neutral():
                 dropped.append(name)
                 continue
+            if facts.crossing and (isinstance(method, AttentionMethod) or getattr(method, "attention", tuple)()):
+                raise Refusal(
+                    f"{name}: {facts.family} reads pictures through cross-attention, beside the keys that an attention "
+                    "method changes"
+                )
             ready = _with_preset(method, (preset or {}).get(name, {})).resolve(facts)
             if isinstance(ready, AttentionMethod):
                 acting = frozenset(ready.acts_on(facts.depth)) & frozenset(facts.heads)
