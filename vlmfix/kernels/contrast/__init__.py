@@ -30,6 +30,7 @@ def contrast(
     from vlmfix.kernels.contrast import triton
 
     x, y = rows_contiguous(x), rows_contiguous(y)
+    scores: Tensor
     scores, peak, mass = triton.contrast(x, y, weight, base, beta, gate, entropy_floor or 0.0, None)
     return scores - (peak + mass.log()).logsumexp(1, keepdim=True) if normalise else scores
 
@@ -47,7 +48,8 @@ def choose(
         return reference.choose(scores, temperature, top_k, top_p, u)
     from vlmfix.kernels.contrast import triton
 
-    return triton.choose(rows_contiguous(scores), None, None, temperature, top_k, top_p, u)
+    tokens: Tensor = triton.choose(rows_contiguous(scores), None, None, temperature, top_k, top_p, u)
+    return tokens
 
 
 def contrast_and_choose(

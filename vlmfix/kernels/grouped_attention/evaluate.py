@@ -13,7 +13,7 @@ from vlmfix.kernels.grouped_attention.pack import Digit, Packed
 from vlmfix.kernels.grouped_attention.triton import grouped_split
 from vlmfix.kernels.grouped_attention.triton_merge import grouped_masses, grouped_merge
 from vlmfix.kernels.grouped_attention.triton_tiles import grouped_tiles
-from vlmfix.kernels.rules import FusedRule
+from vlmfix.kernels.rules import fused_form
 from vlmfix.plan import Plan
 
 SPLIT_ROWS = 256
@@ -61,7 +61,7 @@ def evaluate(
     Returns:
         [B, H, Q, Dv] in v's dtype.
     """
-    packed = packing.pack(plans, q.shape[1]) if packed is None else packed
+    packed = packing.packed_once(plans, q.shape[1]) if packed is None else packed
     low, high = spans if spans is not None else (None, None)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     heads, queries, kinds = q.shape[1], q.shape[2], packed.kinds
@@ -100,44 +100,42 @@ def finish(
 ) -> Tensor:
     """Output [B, H, Q, Dv] of partial results; the plans' sinks receive their statistics."""
     weighted = packed.key_weight is not None
-    ruled = [digit for digit in packed.digits if digit.plan.rule is not None]
-    fused = ruled[0].plan.rule if len(ruled) == 1 and isinstance(ruled[0].plan.rule, FusedRule) else None
+    ruled = [digit for digit in packed.digits if plans[digit.index].rule is not None]
+    fused = fused_form(plans[ruled[0].index].rule) if len(ruled) == 1 else None
     generic = bool(ruled) and fused is None
     factors = None
     if generic or any(plan.sink is not None and plan.statistics for plan in plans):
         masses, lse = grouped_masses(stat, sinks, q_pos, heads, packed.n_groups, weighted)
         _report(plans, packed, masses, lse)
-        factors = _factors(ruled, packed, masses, q_pos) if generic else None
+        factors = _factors(plans, ruled, packed, masses, q_pos) if generic else None
     if fused is None:
         rule: tuple[Any, ...] = (None, "", 0, 1, 1, False)
     else:
-        index = next(i for i, plan in enumerate(plans) if plan is ruled[0].plan)
-        rule = (fused.arguments, fused.name, index, ruled[0].radix, ruled[0].size, fused.pools_heads)
-    return grouped_merge(
+        digit = ruled[0]
+        rule = (fused.arguments, fused.name, digit.index, digit.radix, digit.size, fused.pools_heads)
+    out: Tensor = grouped_merge(
         acc, stat, factors, sinks, packed.head_scale, packed.active, q_pos, *rule, packed.n_groups, weighted, dtype
     )
+    return out
 
 
 def _report(plans: Sequence[Plan], packed: Packed, masses: Tensor, lse: Tensor) -> None:
-    digits = {id(digit.plan): digit for digit in packed.digits}
-    for plan in plans:
+    digits = {digit.index: digit for digit in packed.digits}
+    for i, plan in enumerate(plans):
         if plan.sink is not None and "lse" in plan.statistics:
             plan.sink("lse", lse)
         if plan.sink is not None and "mass" in plan.statistics:
-            own = packing.marginal(masses, digits[id(plan)], packed.n_groups)
-            plan.sink("mass", own[..., : plan.n_groups])
+            plan.sink("mass", packing.marginal(masses, digits[i], packed.n_groups, False))
 
 
-def _factors(ruled: Sequence[Digit], packed: Packed, masses: Tensor, q_pos: Tensor) -> Tensor:
+def _factors(plans: Sequence[Plan], ruled: Sequence[Digit], packed: Packed, masses: Tensor, q_pos: Tensor) -> Tensor:
     """[B, H, Q, R] product of the plans' factors; the weighted kinds carry the weighted factor of their plan."""
     plain = torch.ones_like(masses[..., : packed.n_groups])
-    weighted = (
-        plain if packed.key_weight is not None and any(d.plan.key_weight is not None for d in ruled) else plain * 0
-    )
+    weighted = plain if any(plans[digit.index].key_weight is not None for digit in ruled) else plain * 0
     for digit in ruled:
-        plan = digit.plan
+        plan = plans[digit.index]
         assert plan.rule is not None
-        asked = plan.rule(packing.marginal(masses, digit, packed.n_groups))
+        asked = plan.rule(packing.marginal(masses, digit, packed.n_groups, plan.key_weight is not None))
         active = (q_pos[None, :] >= plan.active_from[:, None])[:, None, :, None]
         on_groups = torch.where(active, packing.spread(asked, digit, packed.n_groups), 1.0)
         plain = plain * on_groups

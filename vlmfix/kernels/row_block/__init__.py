@@ -37,7 +37,8 @@ def row_block(
     index = None if index is None else index.contiguous()
     mask = None if mask is None else rows_contiguous(mask)
     bias = None if bias is None else rows_contiguous(bias)
-    return triton.row_block(q, k, lse, scale, reduce or "", index, q_pos, start, mask, bias)
+    block: Tensor = triton.row_block(q, k, lse, scale, reduce or "", index, q_pos, start, mask, bias)
+    return block
 
 
 def column_mass(
@@ -64,7 +65,7 @@ def column_mass(
 
     mask = None if mask is None else rows_contiguous(mask)
     weight = None if weight is None else weight.contiguous()
-    mass = triton.column_mass(rows_contiguous(q), rows_contiguous(k), lse, scale, q_pos, start, mask, weight)
+    mass: Tensor = triton.column_mass(rows_contiguous(q), rows_contiguous(k), lse, scale, q_pos, start, mask, weight)
     return mass if reduce is None else mass.mean(1) if reduce == "mean" else mass.sum(1)
 
 

@@ -33,6 +33,17 @@ class FusedRule:
         return RULES[self.name](masses, self.arguments)
 
     @property
+    def fused(self) -> FusedRule:
+        """Itself: any rule with such an attribute is inlined by the kernels."""
+        return self
+
+    @property
     def pools_heads(self) -> bool:
         """Whether the rule needs the masses of all heads at once."""
         return self.name in POOLED
+
+
+def fused_form(rule: object) -> FusedRule | None:
+    """The fused form of a rule that has one, as its attribute `fused`."""
+    fused = getattr(rule, "fused", None)
+    return fused if isinstance(fused, FusedRule) else None
