@@ -42,11 +42,13 @@ _ENDINGS = (
     ("shes", "sh"),
     ("ies", "y"),
 )
-_SINGULARS = ("vas", "sunglass", "chopstick", "earring", "slipper")
+_SINGULARS = frozenset(("vas", "sunglass", "chopstick", "earring", "slipper"))
+_NOT_IN_WORDNET = frozenset(
+    ("air-conditioning", "baconic", "bedsheet", "cann", "cathole", "chopsticks", "closestool", "cooktop", "doghole")
+) | {"e-book", "earing", "earrings", "ebook", "electrombile", "kiwifruit", "paraglider", "pissoir", "rpoe", "sanitizer"}
+_NOT_IN_WORDNET |= {"scoon", "seegull", "showerpuff", "slippers", "streetlamp", "waterfont", "TV", "hot"}
 
-_VERBS_TOO = frozenset(
-    ("can", "watch", "leave", "support", "ring", "drink", "hot", "skate", "spray", "sailing", "range")
-)
+_VERBS_TOO = frozenset(("can", "watch", "leave", "support", "ring", "drink", "skate", "spray", "sailing", "range"))
 _BEFORE_NOUN = frozenset(
     (
         "a",
@@ -128,8 +130,8 @@ def amber_nouns() -> Nouns:
     determiner.
     """
     relation: Mapping[str, Sequence[str]] = shipped("amber")["relation"]
-    known = {*relation, *(word for words in relation.values() for word in words)}
-    candidates = known.union(_SINGULARS)
+    known = {*relation, *(word for words in relation.values() for word in words)} - {"hot"}  # an adjective
+    candidates = (known | _SINGULARS) - _NOT_IN_WORDNET  # so their plurals stay as they are, and are lost
 
     @functools.cache
     def lemma(word: str) -> str:
