@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from vlmfix.errors import Refusal, UsageError
@@ -101,6 +102,9 @@ class Step:
         number: 1 for the first generated token.
         branches: per branch [B, V] float32 raw logits.
         tapped: the layers of `DecodingMethod.taps`, ascending.
+        notes: the method's own notes; tensors with B rows follow them.
+        saliency: candidates [B, C] -> saliency score [B, C] on the answer so far (see `saliency_layers`); absent at the
+            first token.
         early: logits [B, V] float32 of the residual stream entering a layer named by `taps`; the second argument says
             whether the model's final norm comes first.
     """
@@ -109,6 +113,13 @@ class Step:
     branches: tuple[Tensor, ...]
     tapped: tuple[int, ...]
     early: Callable[[int, bool], Tensor]
+    notes: dict[str, Tensor] = field(default_factory=dict)
+    saliency: Callable[[Tensor], Tensor] | None = None
+
+    def uniforms(self, seed: int, count: int, rows: int) -> Tensor:
+        """[rows, count] uniforms of this step, the same for every row and batch."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + self.number)
+        return torch.rand(count, generator=generator).expand(rows, count)
 
 
 @dataclass(frozen=True)
@@ -205,6 +216,7 @@ class DecodingMethod(Method):
 
     kind: ClassVar[str] = "decoding"
     needs_picture: ClassVar[bool] = True
+    beams: ClassVar[bool] = True
 
     def branches(self) -> tuple[View, ...]:
         """One view per branch; none when the weight is zero for the whole run."""
@@ -237,6 +249,10 @@ class DecodingMethod(Method):
 
     def taps(self, depth: int) -> tuple[int, ...]:
         """Layers whose entering residual stream the method reads at the last position of every step."""
+        return ()
+
+    def saliency_layers(self, depth: int) -> tuple[int, ...]:
+        """Target layers of the saliency the method asks for; gradients run from the logits to the lowest."""
         return ()
 
     def attention(self) -> tuple[AttentionMethod, ...]:

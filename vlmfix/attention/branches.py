@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfix.errors import Refusal
 from vlmfix.hf.branching import REPLACED, Joint, repeat_pictures
 from vlmfix.hf.inputs import TOKEN_KEYS
 
@@ -32,8 +33,14 @@ class BranchRun:
         return {**self.rest(kwargs, self.joint.inputs), **self.joint.inputs}
 
     def again(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Without a cache: the whole joint prompt again, with the tokens generated so far."""
-        joint, ids = self.joint, kwargs["input_ids"]
+        """Without a cache: the whole joint prompt again, with the tokens generated so far.
+
+        Raises:
+            Refusal: the prompt consists of embeddings.
+        """
+        joint, ids = self.joint, kwargs.get("input_ids")
+        if ids is None or "inputs_embeds" in joint.inputs:
+            raise Refusal("branches of a prompt of embeddings need the cache; set use_cache=True")
         n = ids.shape[0] // joint.visible
         new = ids[:, self.prompt_length :].repeat(joint.copies, 1)
         out = self.rest(kwargs, joint.inputs)

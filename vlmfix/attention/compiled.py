@@ -55,6 +55,11 @@ class Compiled:
         return frozenset() if self.decoding is None else frozenset(self.decoding.taps(self.facts.depth))
 
     @cached_property
+    def saliency_layers(self) -> tuple[int, ...]:
+        """Target layers of the saliency the decoding method asks for."""
+        return () if self.decoding is None else self.decoding.saliency_layers(self.facts.depth)
+
+    @cached_property
     def watched_layers(self) -> frozenset[int]:
         """Layers whose attention some method looks at."""
         return frozenset().union(*(method.watches(self.facts.depth) for method in self.attention))

@@ -31,7 +31,7 @@ class LatePrompt:
     """The two parts of the prefill.
 
     First run the visible rows and probe rows, which only lend their attention; then, knowing that, the branch rows with
-    some embeddings set to zero; then both caches become one and the probe rows are dropped.
+    some embeddings wiped; then both caches become one and the probe rows are dropped.
 
     Args:
         first: visible and probe rows.
@@ -44,6 +44,7 @@ class LatePrompt:
     joint: Joint
     running: bool = False
     _wiped: Tensor | None = field(default=None, repr=False)
+    _blank: float = 0.0
     _rest: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -90,7 +91,7 @@ class LatePrompt:
         assert method is not None
         cache, rows = output.past_key_values, torch.arange(self.joint.visible, device=output.logits.device)
         own = {name: t for i in request.compiled.own for name, t in upper.notes.get(i, {}).items()}
-        self._wiped = method.wiped(own, upper.layout, self.joint.visible)
+        self._wiped, self._blank = method.wiped(own, upper.layout, self.joint.visible), method.blank()
         upper.take(rows)
         request.layers = Layers(request.compiled, self.branch.layout, torch.zeros_like(upper.visible))
         self.running = True
@@ -108,7 +109,7 @@ class LatePrompt:
         if not self.running or self._wiped is None:
             return embeds
         wiped = self._wiped[:, : embeds.shape[1], None].to(embeds.device)
-        return embeds.masked_fill(wiped, 0.0)
+        return embeds.masked_fill(wiped, self._blank)
 
 
 def _rows(layout: Layout, count: int) -> Layout:

@@ -12,6 +12,8 @@ from vlmfix.attention.branches import BranchRun
 from vlmfix.attention.compiled import Compiled
 from vlmfix.attention.late import LatePrompt
 from vlmfix.attention.layers import Layers
+from vlmfix.attention.saliency import Tracer, score
+from vlmfix.errors import Refusal
 from vlmfix.hf import encoding
 from vlmfix.hf.attend import Look
 from vlmfix.hf.branching import Joint
@@ -22,6 +24,9 @@ from vlmfix.hf.vision import class_row, on_tokens
 from vlmfix.layout import Layout
 from vlmfix.method import Step
 from vlmfix.plan import Plan
+
+OWN = -1
+"""Place of the decoding method's own notes among those of the attention methods."""
 
 NO_PICTURE = "no row has a picture"
 """Why a method did not act on a whole batch."""
@@ -74,6 +79,8 @@ class Request:
         first = late.first.layout if late is not None else layout if joint is None else joint.layout
         visible = torch.arange(first.rows, device=first.kinds.device) < layout.rows
         self.layers = Layers(compiled, first, visible)
+        self._tracer = Tracer(compiled.saliency_layers) if compiled.saliency_layers else None
+        self._looked: tuple[Look, tuple[Plan, ...]] | None = None
         self.inputs: Mapping[str, Any] = {} if joint is None else joint.inputs
         self._class_rows: dict[int, Tensor] = {}
 
@@ -112,11 +119,29 @@ class Request:
         if method is not None and self.rows_rewritten:
             last, *branches = (block[:, -1].float() for block in blocks)
             taps = tuple(sorted(self.compiled.taps))
-            scores = method.scores(last, Step(self.steps, tuple(branches), taps, self._early(len(last))))
+            notes = self.layers.notes.setdefault(OWN, {})
+            saliency = self._saliency(last)
+            rewritten = method.scores(
+                last.detach(), Step(self.steps, tuple(branches), taps, self._early(len(last)), notes, saliency)
+            )
             acting = self._rewritten.repeat_interleave(len(last) // self.visible)
-            scores = torch.where(acting[:, None].to(last.device), scores, last)
-            output["logits"] = torch.cat([blocks[0][:, :-1].float(), scores[:, None]], 1)
+            rewritten = torch.where(acting[:, None].to(last.device), rewritten, last.detach())
+            output["logits"] = torch.cat([blocks[0][:, :-1].detach().float(), rewritten[:, None]], 1)
+            if self._tracer is not None:
+                self._tracer.stop(output.get("past_key_values"))
         return output
+
+    def _saliency(self, logits: Tensor) -> Callable[[Tensor], Tensor] | None:
+        tracer = self._tracer
+        if tracer is None or not tracer.tracing:
+            return None
+
+        def scores(candidates: Tensor) -> Tensor:
+            start = self.layers.layout.length
+            parts = [score(rows, (k_pos >= start)[None]) for rows, k_pos in tracer.saliency(logits, candidates)]
+            return torch.stack(parts).mean(0)
+
+        return scores
 
     def _early(self, visible: int) -> Callable[[int, bool], Tensor]:
         def early(layer: int, norm: bool) -> Tensor:
@@ -166,17 +191,22 @@ class Request:
     def step(self, rows: int, queries: int, past: Any, device: Any) -> None:
         """A decoder forward begins."""
         if self.compiled.vision_layers and not self.layers.seen and bool(self.layers.layout.visual.any()):
-            rows, layout = self._class_rows or encoding.notes(), self.layers.layout
-            self.layers.seen = {k: on_tokens(self.parts.model, layout, v, self.inputs) for k, v in rows.items()}
+            read, layout = self._class_rows or encoding.notes(), self.layers.layout
+            self.layers.seen = {k: on_tokens(self.parts.model, layout, v, self.inputs) for k, v in read.items()}
         self.layers.step(rows, queries, past, device)
 
     def embeds(self, embeds: Tensor) -> Tensor:
         """[B, Q, width] embeddings entering the decoder, changed where a late branch asks for it."""
         return embeds if self._late is None else self._late.embeds(embeds)
 
-    def observe(self, layer: int, hidden: Tensor) -> None:
-        """[B, Q, width] residual stream entering a layer."""
+    def observe(self, layer: int, hidden: Tensor) -> Tensor:
+        """[B, Q, width] residual stream entering a layer; the graph of a traced step starts in one."""
         self.layers.observe(layer, hidden)
+        if self._tracer is None or self.steps == 0:
+            return hidden
+        if hidden.shape[1] != 1:
+            raise Refusal("saliency is read off single-token steps and needs the cache; set use_cache=True")
+        return self._tracer.enter(layer, hidden)
 
     def see(self, layer: int, attention: nn.Module, hidden: Tensor) -> None:
         """Reads off where the class token looks, in the vision layers that a method asks for."""
@@ -186,8 +216,14 @@ class Request:
 
     def visit(self, layer: int, look: Look) -> tuple[tuple[Plan, ...], int]:
         """Plans of a layer and the first query position any of them changes."""
-        return self.layers.visit(layer, look)
+        plans = self.layers.visit(layer, look)
+        if self._tracer is not None:
+            self._looked = look, plans[0]
+        return plans
 
     def finish(self, layer: int, out: Tensor) -> Tensor:
         """Last word on a layer's output [B, Q, H, D]."""
-        return self.layers.finish(layer, out)
+        out = self.layers.finish(layer, out)
+        if self._tracer is not None and self._looked is not None:
+            self._tracer.keep(layer, out, *self._looked)
+        return out

@@ -8,6 +8,7 @@ from typing import Any
 from vlmfix.attention.compiled import Compiled
 from vlmfix.attention.late import LatePrompt
 from vlmfix.attention.request import Request, rewritten
+from vlmfix.errors import Refusal
 from vlmfix.hf import settings
 from vlmfix.hf.branching import join
 from vlmfix.hf.hooks import serving
@@ -46,6 +47,8 @@ def generate(
         generate's result and the request, for the run report.
     """
     settings.refuse(kwargs, branches=compiled.late or bool(compiled.views))
+    if compiled.decoding is not None and not compiled.decoding.beams and (kwargs.get("num_beams") or 1) > 1:
+        raise Refusal("this method decides token by token and does not go with num_beams > 1; leave num_beams out")
     request, prompt = open_request(parts, compiled, kwargs, global_tile)
     kwargs = {k: v for k, v in kwargs.items() if k != "visual_mask"}
     if request.copies > 1:

@@ -30,6 +30,7 @@ class Look:
     Args:
         query: [B, H, Q, D].
         key: [B, Hkv, K, D].
+        value: [B, Hkv, K, Dv].
         mask: as transformers made it, or None.
         scale: factor on q.k.
         q_pos: [Q] slots of the queries.
@@ -38,6 +39,7 @@ class Look:
 
     query: Tensor
     key: Tensor
+    value: Tensor
     mask: Tensor | None
     scale: float
     q_pos: Tensor
@@ -121,7 +123,7 @@ def _attend(
     causal = kw.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     how: dict[str, Any] = {"softcap": kw.get("softcap"), "sinks": kw.get("s_aux"), "causal": causal}
-    look = Look(query, key, mask, scale, request.q_pos, how)
+    look = Look(query, key, value, mask, scale, request.q_pos, how)
     plans, first = request.visit(layer, look)
     start = max(first - request.past, 0)
     if not plans or start >= query.shape[2]:

@@ -38,8 +38,8 @@ class Request(attend.Request, Protocol):
         """[B, Q, width] embeddings entering the decoder, changed where a branch asks for it."""
         ...
 
-    def observe(self, layer: int, hidden: Tensor) -> None:
-        """[B, Q, width] residual stream entering a layer."""
+    def observe(self, layer: int, hidden: Tensor) -> Tensor:
+        """[B, Q, width] residual stream entering a layer; what is returned enters."""
         ...
 
     def see(self, layer: int, attention: nn.Module, hidden: Tensor) -> None:
@@ -240,10 +240,15 @@ def _enter_decoder(parts: Parts) -> Any:
 
 
 def _enter_block(parts: Parts, layer: int) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         request = _current(parts)
-        if request is not None:
-            request.observe(layer, args[0] if args else kwargs["hidden_states"])
+        if request is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        entering = request.observe(layer, hidden)
+        if entering is hidden:
+            return None
+        return ((entering, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entering})
 
     return hook
 

@@ -1,0 +1,125 @@
+"""Saliency |A * dL/dA| of one query row for many candidate tokens, from the cache, by one vector-Jacobian product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vlmfix.errors import Refusal
+from vlmfix.hf.attend import Look
+from vlmfix.kernels.grouped_attention import grouped_attention
+from vlmfix.plan import Plan
+
+
+@dataclass
+class Tracer:
+    """Keeps the graph of one single-token forward from the lowest target layer to the logits.
+
+    Keys and values of earlier positions are constants for everything at the current position, so the gradient of the
+    cached forward is exact ("Hallucination Begins Where Saliency Drops", arXiv 2601.20279, eq. 4, on the query row that
+    predicts the candidate).
+
+    Args:
+        targets: target layers, ascending.
+    """
+
+    targets: tuple[int, ...]
+    tracing: bool = False
+    _outs: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _rows: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def enter(self, layer: int, hidden: Tensor) -> Tensor:
+        """Starts the graph at the lowest target layer; other layers pass through."""
+        if layer != self.targets[0]:
+            return hidden
+        if hidden.is_inference():
+            raise Refusal("saliency needs gradients, which torch.inference_mode forbids; use torch.no_grad instead")
+        self.tracing = True
+        torch.set_grad_enabled(True)
+        return hidden.detach().requires_grad_()
+
+    def keep(self, layer: int, out: Tensor, look: Look, plans: Sequence[Plan]) -> None:
+        """Keeps a target layer's attention output [B, 1, H, D], its weights and its values."""
+        if not self.tracing or layer not in self.targets:
+            return
+        with torch.no_grad():
+            weights = _weights(look, plans)
+        self._outs[layer] = out
+        self._rows[layer] = (weights, look.value.detach(), look.k_pos)
+
+    def saliency(self, logits: Tensor, candidates: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Saliency of each candidate, mean over heads; sliding layers have fewer keys than full ones.
+
+        Args:
+            logits: [B, V] of the traced forward, with its graph.
+            candidates: [B, C] token ids.
+
+        Returns:
+            Per target layer [B, C, K] float32 and the slots [K] of its keys.
+        """
+        upstream = direction(logits.detach().float(), candidates)
+        outs = [self._outs[layer] for layer in self.targets]
+        grads = torch.autograd.grad(logits, outs, upstream.to(logits.dtype), is_grads_batched=True)
+        parts = []
+        for layer, grad in zip(self.targets, grads, strict=True):
+            weights, value, k_pos = self._rows[layer]
+            dout = grad[:, :, 0].float().unflatten(2, (value.shape[1], -1))  # [C, B, Hkv, H / Hkv, D]
+            dweights = torch.einsum("cbgrd,bgkd->cbgrk", dout, value.float()).flatten(2, 3)
+            parts.append(((weights[None, :, :, 0] * dweights).abs().mean(2).transpose(0, 1), k_pos))
+        return parts
+
+    def stop(self, cache: object) -> None:
+        """Ends the graph: gradients off, and no cached key keeps it alive."""
+        if not self.tracing:
+            return
+        self.tracing = False
+        torch.set_grad_enabled(False)
+        self._outs.clear()
+        self._rows.clear()
+        for layer in getattr(cache, "layers", ()):
+            if getattr(layer, "keys", None) is not None:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+
+def direction(logits: Tensor, candidates: Tensor) -> Tensor:
+    """softmax(z without c) - e_c, the direction of d(-log p_c)/dz without its cancellation near p_c = 1.
+
+    Args:
+        logits: [B, V] float32.
+        candidates: [B, C].
+
+    Returns:
+        [C, B, V].
+    """
+    chosen = torch.nn.functional.one_hot(candidates.T, logits.shape[-1]).bool()
+    others = logits[None].masked_fill(chosen, float("-inf")).softmax(-1)
+    return others.masked_fill(chosen, -1.0)
+
+
+def score(saliency: Tensor, counted: Tensor) -> Tensor:
+    """Score of each candidate in one layer: mean over counted keys of the L2-normalised row.
+
+    Args:
+        saliency: [B, C, K].
+        counted: [B or 1, K] bool, J.
+
+    Returns:
+        [B, C]; zero where J is empty.
+    """
+    rows = saliency / saliency.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+    count = counted.sum(-1)[:, None].clamp(min=1)
+    return torch.where(counted[:, None], rows, 0.0).sum(-1) / count
+
+
+def _weights(look: Look, plans: Sequence[Plan]) -> Tensor:
+    """[B, H, 1, K] weights of the one query, as the plans leave them."""
+    if not plans:
+        return look.rows(torch.zeros(1, dtype=torch.long, device=look.query.device))
+    batch, heads, keys = look.key.shape[0], look.key.shape[1], look.key.shape[2]
+    unit = torch.eye(keys, device=look.key.device).expand(batch, heads, keys, keys)
+    mask, how = look.mask, look.how
+    out: Tensor = grouped_attention(look.query, look.key, unit, plans, mask, look.scale, look.q_pos, look.k_pos, **how)
+    return out

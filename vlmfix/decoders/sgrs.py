@@ -1,0 +1,119 @@
+"""SGRS: candidates whose saliency on the answer so far is too low are rejected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vlmfix.errors import UsageError
+from vlmfix.method import DecodingMethod, LayerSpec, Method, ModelFacts, Step, check_range, resolve_layers
+
+
+@dataclass(frozen=True)
+class SGRS(DecodingMethod):
+    """Saliency-Guided Rejection Sampling.
+
+    "Hallucination Begins Where Saliency Drops", arXiv 2601.20279: of the K likeliest tokens, up to R are drawn one after
+    the other; the first whose saliency reaches alpha times the mean of the last W committed saliencies is taken, and if
+    none does, the most salient of all K. The saliency row is the one of the query that predicts the candidate (the released
+    code reads the next one, which is zero), over generated positions.
+
+    Args:
+        alpha: share of the recent mean that a candidate must reach; 0 accepts every draw.
+        top_k: K.
+        draws: R.
+        window: W; 0 for all committed tokens.
+        layers: target layers, fractions of depth or exact indices (6, 7, 8 of 32 in the released code).
+        draw: "order" tries candidates by probability, "sample" draws them.
+        seed: of the draws.
+    """
+
+    needs_picture: ClassVar[bool] = False
+    beams: ClassVar[bool] = False
+
+    alpha: float = 0.6
+    top_k: int = 5
+    draws: int = 3
+    window: int = 5
+    layers: LayerSpec = (0.1875, 0.28125)
+    draw: Literal["order", "sample"] = "order"
+    seed: int = 0
+
+    def resolve(self, facts: ModelFacts) -> Method:
+        """Checks the values."""
+        check_range(self, "alpha", 0, 10)
+        check_range(self, "top_k", 1, 1000)
+        check_range(self, "draws", 1, self.top_k)
+        check_range(self, "window", 0, 10_000)
+        if self.draw not in ("order", "sample"):
+            raise UsageError(f"sgrs(draw={self.draw!r}): give 'order' or 'sample'")
+        bad = [x for x in self.saliency_layers(facts.depth) if x not in facts.heads]
+        if bad:
+            raise UsageError(f"sgrs(layers={self.layers}): layers {bad} of this {facts.family} model have no attention")
+        return self
+
+    def saliency_layers(self, depth: int) -> tuple[int, ...]:
+        """The target layers."""
+        return resolve_layers(self.layers, depth)
+
+    def scores(self, logits: Tensor, step: Step) -> Tensor:
+        """The committed token's logit, -inf elsewhere; the first token has no answer to be salient on and is drawn."""
+        probs, tokens = logits.softmax(-1).topk(self.top_k)
+        uniforms = step.uniforms(self.seed, self.draws, len(logits)) if self.draw == "sample" else None
+        if step.saliency is None:
+            choice = draw_next(probs, torch.zeros_like(probs, dtype=torch.bool), 0, uniforms)
+        else:
+            saliency = step.saliency(tokens)
+            history = step.notes.get("history", saliency.new_zeros(len(logits), 0))
+            choice = choose(probs, saliency, threshold(history, self.alpha, self.window), self.draws, uniforms)
+            step.notes["history"] = torch.cat([history, saliency.gather(1, choice[:, None])], 1)
+        chosen = tokens.gather(1, choice[:, None])
+        return torch.full_like(logits, float("-inf")).scatter(1, chosen, logits.gather(1, chosen))
+
+
+def threshold(history: Tensor, alpha: float, window: int) -> Tensor:
+    """Tau [B]: alpha times the mean of the last `window` committed saliencies, 0 without any.
+
+    Args:
+        history: [B, committed].
+        alpha: share.
+        window: number of entries; all for 0.
+    """
+    recent = history[:, -window:] if window > 0 else history
+    return alpha * recent.mean(1) if recent.shape[1] else history.new_zeros(history.shape[0])
+
+
+def choose(probs: Tensor, saliency: Tensor, tau: Tensor, draws: int, uniforms: Tensor | None) -> Tensor:
+    """Index of the committed candidate (section 3.3 of the paper).
+
+    Args:
+        probs: [B, K] candidate probabilities, descending.
+        saliency: [B, K].
+        tau: [B].
+        draws: R.
+        uniforms: [B, R] for sampling; candidates come by probability without.
+
+    Returns:
+        [B].
+    """
+    rejected = torch.zeros_like(probs, dtype=torch.bool)
+    chosen = torch.full_like(tau, -1, dtype=torch.long)
+    for r in range(draws):
+        drawn = draw_next(probs, rejected, r, uniforms)
+        passes = saliency.gather(1, drawn[:, None])[:, 0] >= tau
+        chosen = torch.where((chosen < 0) & passes, drawn, chosen)
+        rejected = rejected.scatter(1, drawn[:, None], True)
+    return torch.where(chosen < 0, saliency.argmax(1), chosen)
+
+
+def draw_next(probs: Tensor, rejected: Tensor, r: int, uniforms: Tensor | None) -> Tensor:
+    """[B] next candidate: the likeliest left, or by inverse CDF of the r-th uniform over those left."""
+    left = probs.masked_fill(rejected, 0.0)
+    if uniforms is None:
+        return left.argmax(1)
+    cdf = (left / left.sum(1, keepdim=True)).cumsum(1)
+    drawn = (cdf < uniforms[:, r, None]).sum(1).clamp(max=probs.shape[1] - 1)
+    return torch.where(rejected.gather(1, drawn[:, None])[:, 0], left.argmax(1), drawn)
