@@ -24,6 +24,8 @@ from vlmfix.layout import Layout
 from vlmfix.method import Method
 from vlmfix.recipe import Recipe
 
+from .cases import ATTENTION, MODEL, close, same
+
 SHAPE = ("architecture", "dtype", "attn_implementation")
 
 
@@ -59,18 +61,19 @@ def spans(info: dict[str, Any], rows: int, length: int) -> Layout:
 class Spy:
     """A method that notes what goes in and out of one of its functions."""
 
-    def __init__(self, method: Any, name: str) -> None:
-        self._method, self._name = method, name
+    def __init__(self, method: Any, name: str, also: str = "") -> None:
+        self._method, self._name, self._also = method, name, also
         self.calls: list[tuple[tuple[Any, ...], Any]] = []
+        self.others: list[tuple[tuple[Any, ...], Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._method, name)
-        if name != self._name:
+        if name not in (self._name, self._also):
             return value
 
         def call(*args: Any) -> Any:
             result = value(*args)
-            self.calls.append((args, result))
+            (self.calls if name == self._name else self.others).append((args, result))
             return result
 
         return call
@@ -78,12 +81,74 @@ class Spy:
 
 @dataclass
 class Run:
-    """What a model did: prefill logits [B, K, V], logits of each generated step, tokens, calls of the method."""
+    """What a model did: prefill logits [B, K, V], logits of each generated step, tokens, calls of the method.
+
+    `others` are the calls of another of its functions, where one was asked for.
+    """
 
     prefill: Tensor
     steps: list[Tensor]
     tokens: Tensor
     calls: list[tuple[tuple[Any, ...], Any]] = field(default_factory=list)
+    others: list[tuple[tuple[Any, ...], Any]] = field(default_factory=list)
+
+    def row(self, index: int) -> Run:
+        """One row of a batch; of a method's calls, the logits and branches of that row."""
+        at = slice(index, index + 1)
+        calls = [
+            ((own[at], replace(step, branches=tuple(x[at] for x in step.branches))), result[at])
+            for (own, step), result in self.calls
+        ]
+        return Run(self.prefill[at], [x[at] for x in self.steps], self.tokens[at], calls)
+
+
+@torch.no_grad()
+def generated(model: LlamaForCausalLM, method: Any, inputs: dict[str, Tensor], new: int, also: str = "") -> Run:
+    """Generate under a decoding method, which makes its own branches from the prompt.
+
+    Args:
+        model: the model.
+        method: a method or several.
+        inputs: input_ids or inputs_embeds, attention_mask and visual_mask.
+        new: tokens.
+        also: another function of the method to listen to.
+    """
+    with installed(model, require_pictures=False) as parts:
+        compiled, spy = _spied(compile_for(parts, Recipe.of(method)), parts, also)
+        options = {"max_new_tokens": new, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        result, _ = run.generate(parts, compiled, model.generate, {**inputs, **options})
+    assert spy is not None
+    return Run(result.logits[0], list(result.logits), result.sequences[:, -new:], spy.calls, spy.others)
+
+
+def embedded(embeds: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Inputs of `generated` for a prompt of embeddings [B, K, width]."""
+    return {"inputs_embeds": embeds, "attention_mask": layout.valid.long(), "visual_mask": layout.visual}
+
+
+def beside_another(embeds: Tensor, layout: Layout, extra: int = 3) -> dict[str, Tensor]:
+    """A left-padded batch: another, longer prompt, and the prompt [1, K, width]."""
+    pad = torch.nn.functional.pad
+    other = torch.cat([embeds[:, :1].expand(-1, extra, -1), embeds.flip(1)], 1)
+    return {
+        "inputs_embeds": torch.cat([other, pad(embeds, (0, 0, extra, 0))]),
+        "attention_mask": torch.cat([torch.ones(other.shape[:2]), pad(layout.valid, (extra, 0))]).long(),
+        "visual_mask": torch.cat([pad(layout.visual.flip(1), (extra, 0)), pad(layout.visual, (extra, 0))]),
+    }
+
+
+def agree(result: Run, arrays: dict[str, Tensor], atol: float = ATTENTION, score_atol: float = MODEL) -> None:
+    """Tokens, logits of the visible rows and of each branch, and scores equal the stored ones at every step."""
+    steps = len(result.steps)
+    same(result.tokens, arrays["tokens"].view(-1, steps), "tokens")
+    names = ("logits_branch", "logits_branch2")
+    assert len(result.calls) == steps
+    for (own, step), _ in result.calls:
+        stored = [arrays["logits"], *(arrays[name] for name in names if name in arrays)]
+        for actual, expected in zip((own, *step.branches), stored, strict=True):
+            close(actual, expected[step.number - 1].view_as(actual), atol, f"logits, step {step.number}", rtol=1e-5)
+    scores = torch.stack(result.steps)
+    close(scores, arrays["scores"].view_as(scores), score_atol, "scores", rtol=1e-5)
 
 
 @torch.no_grad()
@@ -148,10 +213,10 @@ def _joint(embeds: Tensor, layout: Layout, branches: Sequence[Tensor]) -> Joint:
     return Joint(inputs, mask, positions, whole, layout.rows, len(blocks))
 
 
-def _spied(compiled: Compiled, parts: Parts) -> tuple[Compiled, Spy | None]:
+def _spied(compiled: Compiled, parts: Parts, also: str = "") -> tuple[Compiled, Spy | None]:
     """The compiled recipe with its one method under observation."""
     if compiled.decoding is not None:
-        spy = Spy(compiled.decoding, "scores")
+        spy = Spy(compiled.decoding, "scores", also)
         return replace(compiled, decoding=spy), spy  # type: ignore[arg-type]
     if compiled.attention:
         spy = Spy(compiled.attention[0], "plan")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vlmfix.decoders.contrast import contrast, keep, plausible
+from vlmfix.errors import UsageError
 from vlmfix.layout import Layout
 from vlmfix.method import AttentionMethod, DecodingMethod, Glance, LayerContext, Method, ModelFacts, Step, check_range
 from vlmfix.plan import Plan
-from vlmfix.view import View
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class AvisC(DecodingMethod):
         beta: plausible set p >= beta * max p; 0 for no mask.
         layer_gamma: the most visual layers are kept until they hold this share of all attention to the picture.
         lamb: lambda, standard deviations above the mean.
+        fill: what wiped embeddings become, "zeros" or "ones".
     """
-
-    late: ClassVar[bool] = True
 
     alpha: float = 1.0
     beta: float = 0.1
     layer_gamma: float = 0.5
     lamb: float = 1.0
+    fill: Literal["zeros", "ones"] = "zeros"
 
     def neutral(self) -> bool:
         """Neither contrast nor mask."""
@@ -76,21 +76,27 @@ class AvisC(DecodingMethod):
         check_range(self, "beta", 0, 1)
         check_range(self, "layer_gamma", 0, 1)
         check_range(self, "lamb", -100, 100)
+        if self.fill not in ("zeros", "ones"):
+            raise UsageError(f"avisc(fill={self.fill!r}): give 'zeros' or 'ones'")
         return self
 
-    def branches(self) -> tuple[View, ...]:
-        """None that could start before the prefill."""
-        return ()
+    def late(self) -> bool:
+        """The branch waits for the prefill's attention."""
+        return self.alpha != 0
 
     def attention(self) -> tuple[AttentionMethod, ...]:
         """The look at the last prompt row."""
-        return (LastRowAttention(on="visible"),)
+        return (LastRowAttention(on="visible"),) if self.alpha else ()
 
     def wiped(self, notes: dict[str, Tensor], layout: Layout, visible: int) -> Tensor:
         """All visual tokens but the blind ones."""
         rows = torch.stack(list(notes.values()))[:, :visible]
         visual = layout.visual[:visible]
         return visual & ~blind_tokens(rows, visual, self.layer_gamma, self.lamb)
+
+    def blank(self) -> float:
+        """Zeros or ones."""
+        return float(self.fill == "ones")
 
     def scores(self, logits: Tensor, step: Step) -> Tensor:
         """The masked contrast; a row whose branch is not a number stays its own."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from vlmfix.decoders.contrast import contrast, keep, plausible
 from vlmfix.errors import Refusal, UsageError
 from vlmfix.method import DecodingMethod, Method, ModelFacts, Step, check_range
 from vlmfix.view import View
+from vlmfix.views.noise import STEPS, Noised
 from vlmfix.views.text import Inserted
 
 PLACES = ("first", "system", "last")
@@ -31,6 +33,10 @@ class ICD(DecodingMethod):
             text before the first picture as the reference does with its system message, "last" puts it behind the
             last picture.
         disturbance_ids: its token ids, filled in from the processor's tokenizer.
+        noise_step: also contrasts pictures noised as in VCD, t of its schedule; None for the instruction alone.
+        total: with noise, the sum of both contrasts as in the released code, which sharpens the distribution twice;
+            their mean by default.
+        noise_seed: seed of the noise.
     """
 
     alpha: float = 1.0
@@ -38,6 +44,9 @@ class ICD(DecodingMethod):
     disturbance: str = "You are a confused object detector."
     place: Literal["first", "system", "last"] = "first"
     disturbance_ids: tuple[int, ...] | None = None
+    noise_step: int | None = None
+    total: bool = False
+    noise_seed: int = 0
 
     def neutral(self) -> bool:
         """Neither contrast nor mask."""
@@ -53,6 +62,8 @@ class ICD(DecodingMethod):
         check_range(self, "beta", 0, 1)
         if self.place not in PLACES:
             raise UsageError(f"icd(place={self.place!r}): give one of {', '.join(PLACES)}")
+        if self.noise_step is not None and (not isinstance(self.noise_step, int) or not 0 <= self.noise_step < STEPS):
+            raise UsageError(f"icd(noise_step={self.noise_step!r}): give an integer from 0 to {STEPS - 1}, or None")
         if self.disturbance_ids is not None or self.alpha == 0:
             return self
         if facts.tokenize is None:
@@ -65,10 +76,16 @@ class ICD(DecodingMethod):
         return replace(self, disturbance_ids=ids)
 
     def branches(self) -> tuple[View, ...]:
-        """The same pictures under the disturbing instruction."""
-        return (Inserted(self.disturbance_ids or (), self.place),) if self.alpha else ()
+        """The same pictures under the disturbing instruction, and noised pictures where asked for."""
+        if not self.alpha:
+            return ()
+        disturbed = Inserted(self.disturbance_ids or (), self.place)
+        return (disturbed,) if self.noise_step is None else (disturbed, Noised(self.noise_step, self.noise_seed))
 
     def scores(self, logits: Tensor, step: Step) -> Tensor:
         """Eq. 5 of the paper with VCD's plausible set."""
-        scores = contrast(logits, step.branches[0], self.alpha) if step.branches else logits
+        scores = logits
+        if step.branches:
+            scores = torch.stack([contrast(logits, branch, self.alpha) for branch in step.branches]).sum(0)
+            scores = scores if self.total else scores / len(step.branches)
         return keep(scores, plausible(logits, self.beta))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from vlmfix.decoders.contrast import keep, plausible
+from vlmfix.errors import UsageError
 from vlmfix.method import DecodingMethod, Method, ModelFacts, Step, check_range
 from vlmfix.view import View
 from vlmfix.views.text import WithoutPictures
 
 LEAST_ENTROPY = 1e-2
+LEAST_LOG = -1e4
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,14 @@ class LCD(DecodingMethod):
         alpha: weight of the contrast; 0 drops the branch and keeps the mask.
         beta: plausible set p >= beta * max p; 0 for no mask.
         entropy: divide the weight by the text branch's entropy in nats (at least 0.01).
+        variant: "reference" leaves the entropy without a floor and gives tokens that the text model lacks the
+            probability 1, as the released code does.
     """
 
     alpha: float = 2.0
     beta: float = 0.1
     entropy: bool = True
+    variant: Literal["paper", "reference"] = "paper"
 
     def neutral(self) -> bool:
         """Neither contrast nor mask."""
@@ -39,6 +46,8 @@ class LCD(DecodingMethod):
         """Checks the ranges."""
         check_range(self, "alpha", 0, 100)
         check_range(self, "beta", 0, 1)
+        if self.variant not in ("paper", "reference"):
+            raise UsageError(f"lcd(variant={self.variant!r}): give 'paper' or 'reference'")
         return self
 
     def branches(self) -> tuple[View, ...]:
@@ -50,29 +59,30 @@ class LCD(DecodingMethod):
         own = logits.log_softmax(-1)
         allowed = plausible(logits, self.beta)
         if step.branches:
-            own = language_contrast(own, step.branches[0].log_softmax(-1), self.alpha, self.entropy)
+            text, faithful = step.branches[0].log_softmax(-1), self.variant == "reference"
+            weight = text_weight(text, self.alpha, 0.0 if faithful else LEAST_ENTROPY) if self.entropy else self.alpha
+            own = language_contrast(own, text, weight, penalise_missing=faithful)
         return keep(own, allowed).log_softmax(-1)
 
 
-def language_contrast(own: Tensor, text: Tensor, alpha: float, entropy: bool) -> Tensor:
-    """(1 + a) l - a l' with a = alpha / H(l') per row.
+def text_weight(text: Tensor, alpha: float, floor: float) -> Tensor:
+    """Alpha / H of log-probabilities [B, V'] -> [B, 1]; the entropy is in nats, at least the floor."""
+    spread = -(text.exp() * text.clamp(min=LEAST_LOG)).sum(-1, keepdim=True)
+    return alpha / spread.clamp(min=floor)
+
+
+def language_contrast(own: Tensor, text: Tensor, weight: Tensor | float, penalise_missing: bool = False) -> Tensor:
+    """(1 + a) l - a l' per row.
 
     Args:
         own: [B, V] log-probabilities of the model.
-        text: [B, V'] log-probabilities of the text-only model; tokens it does not have (V' < V) are not contrasted.
-        alpha: weight.
-        entropy: divide by the entropy.
+        text: [B, V'] log-probabilities of the text-only model.
+        weight: a, or [B, 1].
+        penalise_missing: tokens the text model does not have (V' < V) count as certain to it; otherwise they are not
+            contrasted.
     """
-    missing = own.shape[-1] - text.shape[-1]
-    weight = own.new_full((own.shape[0], 1), alpha)
-    if entropy:
-        spread = -(text.exp() * text.clamp(min=-1e4)).sum(-1, keepdim=True)
-        weight = alpha / spread.clamp(min=LEAST_ENTROPY)
-    other = text if missing <= 0 else own.clone().index_copy_(1, _columns(text), text)
-    other = other[:, : own.shape[-1]]
-    floor = -1e4
-    return ((1 + weight) * own.clamp(min=floor) - weight * other.clamp(min=floor)).where(own > floor, own)
-
-
-def _columns(text: Tensor) -> Tensor:
-    return text.new_ones(text.shape[-1]).cumsum(0).long() - 1
+    size = min(own.shape[-1], text.shape[-1])
+    rest = own[:, size:]
+    other = torch.cat([text[:, :size], torch.zeros_like(rest) if penalise_missing else rest], -1)
+    scores = (1 + weight) * own.clamp(min=LEAST_LOG) - weight * other.clamp(min=LEAST_LOG)
+    return scores.where(own > LEAST_LOG, own)

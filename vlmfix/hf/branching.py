@@ -58,17 +58,18 @@ def join(parts: Parts, prompt: Prompt, views: Sequence[View], visible: bool = Tr
         length: least length to pad to.
 
     Raises:
-        Refusal: the family cannot run branches, or the prompt consists of embeddings alone.
+        Refusal: the family cannot run branches, or a view changes pictures that came as embeddings.
     """
     if parts.family in UNBRANCHED:
         reason = FAMILIES[parts.family].branches.removeprefix("no: ")
         raise Refusal(f"{parts.family} cannot run branches: {reason}; use an attention method instead")
-    if prompt.ids is None:
-        raise Refusal(
-            "a prompt of inputs_embeds has no text a branch could be made from; pass input_ids and the "
-            "processor's inputs"
-        )
-    like, views = prompt.ids, [*([View()] if visible else []), *views]
+    for view in views:
+        if prompt.embeds is not None and type(view).pixels is not View.pixels:
+            raise Refusal(
+                f"a prompt of inputs_embeds has no pixels that a branch ({type(view).__name__}) could change; pass "
+                "input_ids and everything else the processor returned"
+            )
+    like, views = prompt.text, [*([View()] if visible else []), *views]
     edited = [edit(parts, prompt, view) for view in views]
     rows = [row for e in edited for row in e.ids]
     length = max(length, prompt.layout.length, *(len(row) for row in rows))
@@ -83,16 +84,34 @@ def join(parts: Parts, prompt: Prompt, views: Sequence[View], visible: bool = Tr
     layout = Layout(Layout.of(visual, mask).kinds, images, prompt.layout.mask)
     pictures = _concatenated([change_pixels(parts, prompt, view) for view in views])
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **tokens, **pictures}
-    if parts.embeds:
+    if prompt.embeds is not None:
+        source = _left_padded([row for e in edited for row in e.source], length, like, -1)
+        inputs = {"inputs_embeds": _copied(parts, prompt.embeds, ids, source), "attention_mask": mask, **tokens}
+    elif parts.embeds:
         inputs = {"inputs_embeds": _embed(parts, inputs), "attention_mask": mask}
     positions = _positions(parts, ids, inputs)
     inputs["position_ids"] = positions
     return Joint(inputs, mask, positions, layout, prompt.layout.rows, len(views), parts.family in PER_ROW)
 
 
-def _left_padded(rows: list[list[int]], length: int, like: Tensor) -> Tensor:
-    padded = [[0] * (length - len(row)) + row for row in rows]
+def _left_padded(rows: list[list[int]], length: int, like: Tensor, fill: int = 0) -> Tensor:
+    padded = [[fill] * (length - len(row)) + row for row in rows]
     return torch.tensor(padded, dtype=like.dtype, device=like.device)
+
+
+def _copied(parts: Parts, embeds: Tensor, ids: Tensor, source: Tensor) -> Tensor:
+    """Embeddings of edited rows: those of the prompt where a position comes from it, else those of the ids.
+
+    Args:
+        parts: the model.
+        embeds: [B, K, width] of the prompt.
+        ids: [rows, K'] of the edited rows, one block of B rows after the other.
+        source: [rows, K'] position in the prompt, -1 for none.
+    """
+    blocks = embeds.repeat(len(ids) // len(embeds), 1, 1)
+    own = blocks.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, embeds.shape[-1]))
+    inserted = parts.model.get_input_embeddings()(ids).to(embeds.dtype)
+    return torch.where((source >= 0)[..., None], own, inserted)
 
 
 def _concatenated(blocks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -43,6 +43,11 @@ class Prompt:
     pictures: dict[str, Any]
     layout: Layout
 
+    @property
+    def text(self) -> Tensor:
+        """[B, K] token ids; zeros where embeddings hide them."""
+        return torch.zeros_like(self.layout.kinds, dtype=torch.long) if self.ids is None else self.ids
+
 
 def read(
     parts: Parts, inputs: Mapping[str, Any], visual_mask: Tensor | None = None, global_tile: int | None = None
@@ -87,7 +92,7 @@ def mask_kind(family: str) -> MaskKind:
 
 
 def _is_picture(key: str, value: Any) -> bool:
-    if key in TOKEN_KEYS or key in NOT_PICTURES or key in ("input_ids", "inputs_embeds", "labels"):
+    if key in TOKEN_KEYS or key in NOT_PICTURES or key in ("input_ids", "inputs_embeds", "visual_mask", "labels"):
         return False
     return isinstance(value, Tensor) or _is_list_of_tensors(value) or key == "mm_encoder_outputs"
 
@@ -161,11 +166,10 @@ class Edited:
 
 def edit(parts: Parts, prompt: Prompt, view: View) -> Edited:
     """Applies a view to the text of every row."""
-    assert prompt.ids is not None
     structure = set(parts.structure_ids)
     rows: Edited = Edited([], [])
     for ids, kinds, valid in zip(
-        prompt.ids.tolist(), prompt.layout.kinds.tolist(), prompt.layout.valid.tolist(), strict=True
+        prompt.text.tolist(), prompt.layout.kinds.tolist(), prompt.layout.valid.tolist(), strict=True
     ):
         places = [i for i, ok in enumerate(valid) if ok]
         row = RowText([ids[i] for i in places], [kinds[i] for i in places], [ids[i] in structure for i in places])
