@@ -62,12 +62,14 @@ def on_tokens(model: Any, layout: Layout, rows: Tensor, inputs: Mapping[str, Any
     Raises:
         Refusal: the patches do not cover the visual tokens.
     """
-    sizes = inputs.get("image_sizes")
-    values = _packed(model, rows, sizes) if model.config.model_type in PACKED and sizes is not None else rows.flatten()
+    areas = inputs.get("image_sizes")
+    values = _packed(model, rows, areas) if model.config.model_type in PACKED and areas is not None else rows.flatten()
     wanted = int(layout.n_visual.sum())
-    if wanted and len(values) % wanted == 0:  # pictures repeated in place for beams, before the prompt was
-        pictures = int(layout.n_images.sum())
-        values = values.unflatten(0, (pictures, len(values) // wanted, -1))[:, 0].flatten() if pictures else values
+    repeats = len(values) // wanted if wanted and len(values) % wanted == 0 else 1
+    if repeats > 1:  # every picture repeated in place for beams, before the prompt was
+        index = zip(layout.images.tolist(), layout.n_images.tolist(), strict=True)
+        sizes = [images.count(i) for images, pictures in index for i in range(pictures) for _ in range(repeats)]
+        values = torch.cat(torch.split(values, sizes)[::repeats])
     if len(values) != wanted:
         raise Refusal(
             f"the vision tower has {len(values)} patches for {wanted} visual tokens, so they cannot be matched"
