@@ -70,4 +70,4 @@ def test_a_missing_folder_is_an_error(monkeypatch):
 def test_every_case_says_where_it_comes_from():
     for case in OWN:
         info = json.loads(case.path.read_text())
-        assert info.get("source") or info.get("reference_repo")
+        assert info.get("source") or info.get("reference_repo") or info.get("made_by")

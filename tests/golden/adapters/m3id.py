@@ -50,7 +50,7 @@ def check(case: dict[str, Any], arrays: dict[str, Tensor], folder: Path) -> None
 
 
 def _gate(method: M3ID, t: int, arrays: dict[str, Tensor]) -> None:
-    scores = method.scores(arrays["logits"], Step(t, (arrays["logits_branch"],), _no_early))
+    scores = method.scores(arrays["logits"], Step(t, (arrays["logits_branch"],), (), _no_early))
     close(scores, arrays["scores"], ATTENTION, "scores")
     own = arrays["logits"].log_softmax(-1)
     same((scores != own).any(-1), arrays["applied"], "rows under the gate")
