@@ -216,6 +216,8 @@ class DecodingMethod(Method):
 
     kind: ClassVar[str] = "decoding"
     needs_picture: ClassVar[bool] = True
+    same_uncached: ClassVar[bool] = True
+    """Whether decoding without a cache gives the same; false where a step changes what older rows would see."""
     beams: ClassVar[bool] = True
 
     def branches(self) -> tuple[View, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -67,7 +67,9 @@ class SID(DecodingMethod):
 
     "Self-Introspective Decoding: Alleviating Hallucinations for Large Vision-Language Models", arXiv 2408.02032:
     s = (1 + alpha) z - alpha z' on the plausible set, z' from a branch that sees, from layer A on, only the R visual
-    tokens the current query attends least in layer A - 1; chosen anew at every step.
+    tokens the current query attends least in layer A - 1; chosen anew at every step. Rows in the cache keep what they
+    saw when they were written, as in the reference; without a cache all rows would see the choice of the last step, so
+    answers differ.
 
     Args:
         alpha: weight of the contrast; 0 drops the branch and keeps the mask.
@@ -75,6 +77,8 @@ class SID(DecodingMethod):
         from_layer: A.
         keep_lowest: R, or below 1 the fraction of visual tokens (100 of 576 by default).
     """
+
+    same_uncached: ClassVar[bool] = False
 
     alpha: float = 0.5
     beta: float = 0.1
