@@ -321,12 +321,15 @@ def report_of(
             **({} if request.layers.layers_touched[i] else {"inactive": request.why_inactive(i)}),
         }
         for i, method in enumerate(compiled.attention)
+        if i not in compiled.own
     }
     if compiled.decoding is not None:
         rows = request.rows_rewritten
+        touched = set().union(*(request.layers.layers_touched[i] for i in compiled.own))
         report["methods"][registry.name_of(compiled.decoding)] = {
             "rows": rows,
             "steps": request.steps,
+            **({"layers": sorted(touched)} if touched else {}),
             **({} if rows else {"inactive": NO_PICTURE}),
         }
     return report

@@ -22,8 +22,8 @@ from vlmfix.view import View
 if TYPE_CHECKING:
     from vlmfix.attention.request import Request
 
-DEEP = ("qwen3_vl", "qwen3_vl_moe")
-"""Families that add visual features again behind the first layers, so that wiped embeddings come back."""
+DEEP = "deepstack_visual_embeds"
+"""Keyword of decoders that add visual features again behind their first layers: one [visual tokens, width] for each."""
 
 
 @dataclass
@@ -37,11 +37,13 @@ class LatePrompt:
         first: visible and probe rows.
         branch: branch rows alone.
         joint: what later forwards see: visible and branch rows.
+        family: transformers' model_type.
     """
 
     first: Joint
     branch: Joint
     joint: Joint
+    family: str
     running: bool = False
     _wiped: Tensor | None = field(default=None, repr=False)
     _blank: float = 0.0
@@ -52,24 +54,15 @@ class LatePrompt:
         """Builds the prompts of a recipe with late branches.
 
         Raises:
-            Refusal: the family gives visual information to later layers as well.
+            Refusal: the family cannot run branches.
         """
-        if parts.family in DEEP:
-            raise Refusal(
-                f"{parts.family} adds visual features again behind its first layers, so wiping embeddings does "
-                "not blind a branch"
-            )
-        if parts.embeds:
-            raise Refusal(
-                f"{parts.family}: its generate hands embeddings on, where a branch cannot wait for the prefill"
-            )
         first = join(parts, prompt, compiled.probes)
         branch = join(parts, prompt, [View()], visible=False, length=first.length)
         rows = prompt.layout.rows
         layout = Layout.stack([_rows(first.layout, rows), branch.layout])
         positions = torch.cat([first.positions[..., :rows, :], branch.positions], -2)
         mask = torch.cat([first.mask[:rows], branch.mask])
-        return LatePrompt(first, branch, Joint({}, mask, positions, layout, rows, 2))
+        return LatePrompt(first, branch, Joint({}, mask, positions, layout, rows, 2), parts.family)
 
     def before(self, kwargs: dict[str, Any], run: BranchRun) -> dict[str, Any]:
         """Keywords of the first part.
@@ -104,12 +97,26 @@ class LatePrompt:
         request.layers = Layers.stack(upper, request.layers)
         output["logits"] = torch.cat([output.logits[: self.joint.visible], second.logits])
 
-    def embeds(self, embeds: Tensor) -> Tensor:
-        """Wipes the branch's embeddings, while it is read."""
+    def entering(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Wipes the branch's embeddings, and what deeper layers add to them, while the branch is read.
+
+        Raises:
+            Refusal: the decoder was handed ids instead of embeddings.
+        """
         if not self.running or self._wiped is None:
-            return embeds
-        wiped = self._wiped[:, : embeds.shape[1], None].to(embeds.device)
-        return embeds.masked_fill(wiped, self._blank)
+            return kwargs
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            raise Refusal(
+                f"{self.family} hands its decoder token ids and pictures, so a branch's visual tokens cannot be wiped; "
+                "use a method whose branch starts with the prompt (vcd, m3id, icd)"
+            )
+        wiped = self._wiped[:, : embeds.shape[1]].to(embeds.device)
+        out = {**kwargs, "inputs_embeds": embeds.masked_fill(wiped[..., None], self._blank)}
+        if kwargs.get(DEEP) is not None:
+            kept = ~wiped[kwargs["visual_pos_masks"].to(wiped.device)]
+            out[DEEP] = [deep * kept[:, None].to(deep) for deep in kwargs[DEEP]]
+        return out
 
 
 def _rows(layout: Layout, count: int) -> Layout:

@@ -195,9 +195,9 @@ class Request:
             self.layers.seen = {k: on_tokens(self.parts.model, layout, v, self.inputs) for k, v in read.items()}
         self.layers.step(rows, queries, past, device)
 
-    def embeds(self, embeds: Tensor) -> Tensor:
-        """[B, Q, width] embeddings entering the decoder, changed where a late branch asks for it."""
-        return embeds if self._late is None else self._late.embeds(embeds)
+    def entering(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keywords of the decoder's forward, changed where a late branch asks for it."""
+        return kwargs if self._late is None else self._late.entering(kwargs)
 
     def observe(self, layer: int, hidden: Tensor) -> Tensor:
         """[B, Q, width] residual stream entering a layer; the graph of a traced step starts in one."""

@@ -7,8 +7,6 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache, StaticCache
 
-from vlmfix.errors import Refusal
-
 
 class Rows(Protocol):
     """Per-row state that must follow the rows of a cache."""
@@ -54,19 +52,39 @@ class BranchRows:
             self.state.take(rows)
 
 
-def merge(upper: Any, rows: torch.Tensor, lower: Any) -> None:
-    """Keeps some rows of one cache and puts the rows of another beneath them.
+def drop_last(cache: Any, count: int, length: int) -> None:
+    """Forgets the last slots of a cache without windows or running states.
 
-    Raises:
-        Refusal: a layer's state cannot be joined.
+    Args:
+        cache: the cache.
+        count: number of slots.
+        length: slots that stay.
     """
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is None:
+            continue
+        if layer.keys.shape[2] == length + count:
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        else:  # of fixed size: the slots are written again, until then nothing looks at them
+            layer.keys[:, :, length : length + count] = 0
+            layer.values[:, :, length : length + count] = 0
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length -= count
+
+
+def merge(upper: Any, rows: torch.Tensor, lower: Any) -> None:
+    """Keeps some rows of one cache and puts the rows of another beneath them, running states included."""
     for a, b in zip(upper.layers, lower.layers, strict=True):
-        if getattr(a, "keys", None) is None or hasattr(a, "conv_states"):
-            raise Refusal(
-                "this family's layers keep a running state, and a branch that waits for the prefill cannot join it"
-            )
-        a.keys = torch.cat([a.keys[rows], b.keys])
-        a.values = torch.cat([a.values[rows], b.values])
+        for name in ("keys", "values", "conv_states", "recurrent_states"):
+            if getattr(a, name, None) is not None:
+                setattr(a, name, _joined(getattr(a, name), rows, getattr(b, name)))
+
+
+def _joined(upper: Any, rows: torch.Tensor, lower: Any) -> Any:
+    """One tensor, or a dictionary of them in which some may be absent."""
+    if isinstance(upper, dict):
+        return {key: None if value is None else _joined(value, rows, lower[key]) for key, value in upper.items()}
+    return torch.cat([upper[rows], lower])
 
 
 class BranchCache(BranchRows, DynamicCache):  # type: ignore[misc]

@@ -34,8 +34,8 @@ class Request(attend.Request, Protocol):
         """A decoder forward begins."""
         ...
 
-    def embeds(self, embeds: Tensor) -> Tensor:
-        """[B, Q, width] embeddings entering the decoder, changed where a branch asks for it."""
+    def entering(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keywords of the decoder's forward, changed where a branch asks for it."""
         ...
 
     def observe(self, layer: int, hidden: Tensor) -> Tensor:
@@ -232,9 +232,7 @@ def _enter_decoder(parts: Parts) -> Any:
             entry = kwargs.get("input_ids", args[0] if args else None)
         past = cache.get_seq_length() if cache is not None else 0
         request.step(entry.shape[0], entry.shape[1], past, entry.device)
-        if kwargs.get("inputs_embeds") is not None:
-            kwargs = {**kwargs, "inputs_embeds": request.embeds(kwargs["inputs_embeds"])}
-        return args, {**kwargs, attend.STATE: request}
+        return args, {**request.entering(kwargs), attend.STATE: request}
 
     return hook
 
