@@ -50,9 +50,9 @@ def has_triton() -> bool:
 
 @cache
 def multiprocessors(index: int | None) -> int:
-    """Multiprocessors of a CUDA device; 4 where there is none, so that interpreted runs exercise several splits."""
+    """Multiprocessors of a CUDA device; 3 where there is none, so that interpreted runs exercise several splits."""
     if INTERPRETED or not torch.cuda.is_available():
-        return 4
+        return 3
     return torch.cuda.get_device_properties(index or 0).multi_processor_count
 
 

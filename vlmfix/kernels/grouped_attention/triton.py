@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import launches, multiprocessors, power_of_two
+from vlmfix.kernels.dispatch import INTERPRETED, launches, multiprocessors, power_of_two
 from vlmfix.kernels.grouped_attention.arguments import common
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -243,7 +243,7 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, kinds: int) -> tuple[int, int, dict
     rows = queries * (heads // n_kv) * kinds
     wide = max(size, v.shape[3]) * q.element_size()
     tile = power_of_two(min(rows, 64), 16)
-    step = max(16, min(64, 16384 // wide))
+    step = 16 if INTERPRETED else max(16, min(64, 16384 // power_of_two(wide)))
     slots = 2 * multiprocessors(q.device.index)
     work = batch * n_kv * triton.cdiv(rows, tile)
     splits = max(1, min(triton.cdiv(keys, step), max(slots // work, min(4 * slots // work, keys // 512))))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import launches, power_of_two
+from vlmfix.kernels.dispatch import INTERPRETED, launches, power_of_two
 from vlmfix.kernels.grouped_attention.arguments import common
 from vlmfix.kernels.grouped_attention.triton import LOG2E, member, visible
 from vlmfix.kernels.grouped_attention.visits import all_visits, owners, visits
@@ -275,7 +275,7 @@ def _config(q: Tensor, v: Tensor) -> dict[str, int]:
     queries = power_of_two(min(q.shape[2], most), 16)
     return {
         "M": queries,
-        "N": max(16, min(64, 16384 // wide)),
+        "N": 16 if INTERPRETED else max(16, min(64, 16384 // power_of_two(wide))),
         "num_warps": 8 if queries >= 128 else 4,
         "num_stages": 3 if wide <= 256 else 2,
     }
