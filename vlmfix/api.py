@@ -20,7 +20,8 @@ from vlmfix.attention.request import NO_PICTURE, Request
 from vlmfix.errors import Refusal, UsageError
 from vlmfix.hf import encoding, hooks, loading, settings
 from vlmfix.hf.batches import Batcher
-from vlmfix.hf.families import CROSSING
+from vlmfix.hf.cache import only_full_attention
+from vlmfix.hf.families import CROSSING, FAMILIES, UNBRANCHED
 from vlmfix.hf.inputs import mask_kind
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.sinks import sink_dims
@@ -101,7 +102,7 @@ class FixedVLM:
         Returns:
             Token ids or a ModelOutput, as transformers' generate.
         """
-        kwargs, overridden = settings.plain(self.model.generation_config, kwargs)
+        kwargs, overridden = settings.plain(self.model.generation_config, settings.spelled_out(kwargs))
         draw = None
         if seed is not None and kwargs.get("do_sample"):
             entry = kwargs.get("input_ids")
@@ -277,6 +278,8 @@ def compile_for(parts: Parts, recipe: Recipe, processor: Any = None) -> Compiled
         prefix=mask_kind(parts.family) == MaskKind.PREFIX,
         crossing=parts.family in CROSSING,
         class_attention=bool(parts.tower),
+        packable=mask_kind(parts.family) == MaskKind.CAUSAL and only_full_attention(config),
+        unbranched=FAMILIES[parts.family].branches if parts.family in UNBRANCHED else "",
         sink_dims=lambda: sink_dims(parts, tokenizer),
         tokenize=None
         if tokenizer is None

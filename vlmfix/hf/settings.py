@@ -54,18 +54,29 @@ REFUSED = {
 }
 
 
+def spelled_out(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The caller's keywords of `generate` with those of a generation_config among them, which holds None for the rest."""
+    config = kwargs.get("generation_config")
+    given = {} if config is None else {k: v for k, v in vars(config).items() if v is not None and k[0] != "_"}
+    given.pop("transformers_version", None)
+    return {**given, **{k: v for k, v in kwargs.items() if k != "generation_config"}}
+
+
+def effective(name: str, kwargs: dict[str, Any], config: Any) -> Any:
+    """A setting's value: the caller's word, or what the checkpoint's generation_config says."""
+    return kwargs[name] if name in kwargs else getattr(config, name, None)
+
+
 def plain(config: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fills in neutral settings wherever a checkpoint brings its own and the caller said nothing.
 
     Args:
         config: the checkpoint's generation_config.
-        kwargs: the caller's keywords of `generate`; an explicit generation_config counts as the caller's word.
+        kwargs: the caller's keywords of `generate`, spelled out.
 
     Returns:
         Keywords with the fillings, and what was overridden: name -> the checkpoint's value.
     """
-    if kwargs.get("generation_config") is not None:
-        return kwargs, {}
     filled, overridden = dict(kwargs), {}
     sampling = bool(kwargs.get("do_sample"))
     for name, neutral in NEUTRAL.items():
@@ -82,28 +93,40 @@ def plain(config: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str
     return filled, overridden
 
 
-def refuse(kwargs: dict[str, Any], branches: bool) -> None:
+def refuse(
+    kwargs: dict[str, Any], branches: bool, config: Any = None, late: bool = False, gradients: bool = False
+) -> None:
     """Refuses ways of decoding that a recipe cannot follow.
+
+    Args:
+        kwargs: the caller's keywords of `generate`, spelled out.
+        branches: whether the recipe has branch rows.
+        config: the checkpoint's generation_config.
+        late: whether a branch waits for the visible rows' prefill.
+        gradients: whether the recipe takes gradients of single-token steps.
 
     Raises:
         Refusal: names the setting and the reason.
     """
     for name, reason in REFUSED.items():
-        if kwargs.get(name):
+        value = effective(name, kwargs, config)
+        if value and not (name == "guidance_scale" and value == 1):
             raise Refusal(f"{name}: {reason}")
-    if kwargs.get("cache_implementation") == "paged":
+    cache, chunks = (effective(name, kwargs, config) for name in ("cache_implementation", "prefill_chunk_size"))
+    if cache == "paged":
         raise Refusal("continuous batching schedules rows by itself; run batches with vlm.generate instead")
-    if "pixel_values_videos" in kwargs and kwargs["pixel_values_videos"] is not None:
+    if kwargs.get("pixel_values_videos") is not None:
         raise Refusal("videos: only pictures are supported; give frames as pictures")
     if branches and kwargs.get("past_key_values") is not None:
         raise Refusal("a contrastive method needs its own cache for its branches; do not pass past_key_values")
-    if branches and kwargs.get("prefill_chunk_size"):
+    if branches and chunks:
         raise Refusal("a contrastive method prefills visible and branch rows together; leave prefill_chunk_size unset")
-    if branches and kwargs.get("cache_implementation") not in (None, "dynamic", "static"):
-        raise Refusal(
-            f"cache_implementation={kwargs['cache_implementation']!r}: contrastive methods run with 'dynamic' "
-            "or 'static'"
-        )
+    if gradients and chunks:
+        raise Refusal("saliency is read off single-token steps; leave prefill_chunk_size unset")
+    if branches and cache not in (None, "dynamic", "static", "hybrid"):
+        raise Refusal(f"cache_implementation={cache!r}: contrastive methods run with 'dynamic' or 'static'")
+    if (late or gradients) and cache == "static":
+        raise Refusal("cache_implementation='static': this method needs a cache that grows; use 'dynamic'")
 
 
 def seeded(
