@@ -284,6 +284,7 @@ def compile_for(parts: Parts, recipe: Recipe, processor: Any = None) -> Compiled
         tokenize=None
         if tokenizer is None
         else lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        behind_picture=None if processor is None else Batcher(parts, processor).behind_picture,
     )
     return recipe.compile(facts, preset(getattr(parts.model.config, "_name_or_path", "") or ""))
 

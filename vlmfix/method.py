@@ -33,7 +33,11 @@ class ModelFacts:
         crossing: whether pictures are read through cross-attention, so that they are not among the text's keys.
         sink_dims: finds the massive-activation dimensions of the residual stream, on demand.
         tokenize: text -> token ids without special tokens; absent without a processor.
+        behind_picture: question -> token ids from the last picture to the answer, the chat template's included; absent
+            without a processor.
         class_attention: whether the attention of the vision tower's class token can be read off.
+        packable: whether text behind a picture can be run without it in the same row: every layer is full causal attention.
+        unbranched: why no further rows can ride in a forward; empty where they can.
     """
 
     family: str
@@ -45,7 +49,10 @@ class ModelFacts:
     crossing: bool = False
     sink_dims: Any = field(default=None, repr=False, compare=False)
     tokenize: Callable[[str], list[int]] | None = field(default=None, repr=False, compare=False)
+    behind_picture: Callable[[str], list[int]] | None = field(default=None, repr=False, compare=False)
     class_attention: bool = False
+    packable: bool = True
+    unbranched: str = ""
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,15 @@ class AttentionMethod(Method):
     def plan(self, context: LayerContext) -> Plan | None:
         """What the method asks of one layer; None to leave it alone."""
         raise NotImplementedError
+
+    def without_pictures(self) -> View | None:
+        """How a prompt reads without pictures, where a head rule compares the two; None for methods without head rules."""
+        return None
+
+    @property
+    def scales_text(self) -> bool:
+        """Whether head scales hold for the prompt without pictures as well, while it runs."""
+        return True
 
     def watches(self, depth: int) -> tuple[int, ...]:
         """Layers whose attention the method looks at; before the plans of the same layer are asked for."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlmfix import pictures as reading
@@ -68,6 +69,12 @@ class Batcher:
                 value = value.to(floating) if value.is_floating_point() else value
             moved[key] = value
         return moved
+
+    def behind_picture(self, question: str) -> list[int]:
+        """Token ids that stand behind the picture when a question about one picture is rendered."""
+        ids: list[int] = self.inputs([[Image.new("RGB", (64, 64))]], [question])["input_ids"][0].tolist()
+        visual = [i for i, token in enumerate(ids) if token in self.parts.image_ids]
+        return ids[visual[-1] + 1 :] if visual else ids
 
     def decode(self, result: Any, inputs: dict[str, Any]) -> list[tuple[str, int]]:
         """Texts and numbers of generated tokens, the end token included."""

@@ -55,3 +55,21 @@ class Inserted(View):
         while start > 1 and row.structure[start - 1]:
             start -= 1
         return [*old[:1], *new, *old[start:]]
+
+
+@dataclass(frozen=True)
+class Asked(View):
+    """The same pictures and what stands before them, with other text behind the last one.
+
+    Args:
+        ids: all tokens behind the last picture; rows without a picture stay as they are.
+    """
+
+    ids: tuple[int, ...]
+
+    def text(self, row: RowText) -> list[int | tuple[int]]:
+        """The row up to its last visual token, then the ids."""
+        visual = [i for i, kind in enumerate(row.kinds) if kind == Kind.VISUAL]
+        if not visual:
+            return super().text(row)
+        return [*range(visual[-1] + 1), *((token,) for token in self.ids)]
