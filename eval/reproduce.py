@@ -180,8 +180,8 @@ RECIPES: Mapping[str, Reproduction] = {
         ),
         seeds=(0, 1, 2, 3, 4),
         notes=(
-            "the rows compare sampling with sampling; greedy and the mask alone (alpha 0) stand beside them, since much "
-            "of the published gain is theirs (arXiv 2504.10020)",
+            "the rows compare sampling with sampling; greedy and the mask alone (alpha 0) stand beside them, since "
+            "much of the published gain is theirs (arXiv 2504.10020)",
             "users report that they could not reproduce the VCD rows (DAMO-NLP-SG/VCD issues 5 and 24)",
         ),
     ),
