@@ -55,7 +55,7 @@ REFUSED = {
 
 
 def spelled_out(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The caller's keywords of `generate` with those of a generation_config among them, which holds None for the rest."""
+    """The caller's keywords of `generate`, those of a generation_config among them (it holds None for the rest)."""
     config = kwargs.get("generation_config")
     given = {} if config is None else {k: v for k, v in vars(config).items() if v is not None and k[0] != "_"}
     given.pop("transformers_version", None)
