@@ -36,7 +36,7 @@ class ModelFacts:
         behind_picture: question -> token ids from the last picture to the answer, the chat template's included; absent
             without a processor.
         class_attention: whether the attention of the vision tower's class token can be read off.
-        packable: whether text behind a picture can be run without it in the same row: every layer is full causal attention.
+        packable: whether text behind a picture can run without it in the same row, all layers being causal and full.
         unbranched: why no further rows can ride in a forward; empty where they can.
     """
 
@@ -68,7 +68,7 @@ class LayerContext:
         memory: the method's own notes on this layer; tensors with B rows follow beams.
         notes: the method's notes on the whole generation (see `AttentionMethod.watch`).
         facts: the model.
-        seen: vision layer -> [B, K] attention of the class token to each visual token, summed over heads; nan elsewhere.
+        seen: vision layer -> [B, K] attention of the class token to visual tokens, summed over heads; nan elsewhere.
     """
 
     layer: int
@@ -200,7 +200,7 @@ class AttentionMethod(Method):
         raise NotImplementedError
 
     def without_pictures(self) -> View | None:
-        """How a prompt reads without pictures, where a head rule compares the two; None for methods without head rules."""
+        """How a prompt reads without pictures, where a head rule compares the two; None without head rules."""
         return None
 
     @property

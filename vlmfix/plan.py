@@ -21,8 +21,8 @@ from torch import Tensor
 FactorRule = Callable[[Tensor], Tensor]
 """Masses [B, H, Q, G] float32 (G + 1 with a key weight, the weighted mass last) -> factors of the same shape."""
 
-HeadRule = Callable[[Tensor], Tensor]
-"""Head outputs of a whole prefill [B, H, Q, D] -> scale [B, H]; asked once, the answer holds for the generation."""
+HeadRule = Callable[[Tensor, Tensor], Tensor]
+"""Head outputs [B, H, D] of the last prompt token with and without pictures -> scale [B, H]; asked in the prefill."""
 
 Sink = Callable[[str, Tensor], None]
 """Receives a statistic by name."""
@@ -75,7 +75,7 @@ class Plan:
         key_weight: [B, K0] weight of each key's probability in the extra weighted group, 0 past K0.
         rule: factors of the groups from their masses.
         head_scale: [B or 1, H] factor on the head's output, on active rows.
-        head_rule: picks the head scale from the prefill's head outputs; excludes `head_scale`.
+        head_rule: picks the head scale in the prefill (see `AttentionMethod.without_pictures`); excludes `head_scale`.
         hidden: intervals that some queries must not see.
         rolling: a group by distance.
         statistics: names among "mass" (per group), "lse", wanted for active rows.
@@ -97,3 +97,10 @@ class Plan:
     rolling: Rolling | None = None
     statistics: frozenset[str] = field(default_factory=frozenset)
     sink: Sink | None = None
+
+    @property
+    def only_scales_heads(self) -> bool:
+        """Whether attention itself is left alone, so that any attention function's output can be scaled."""
+        fields = (self.slope_pos, self.bias, self.key_slope, self.rule, self.sink)
+        scales = self.head_scale is not None or self.head_rule is not None
+        return scales and not self.hidden and all(x is None for x in fields)

@@ -88,6 +88,6 @@ def _permuted(plan: Plan) -> Plan:
     return replace(
         plan,
         rule=None if rule is None else lambda masses: rule(masses).roll(1, 1),
-        head_rule=None if head_rule is None else lambda out: head_rule(out).roll(1, 1),
+        head_rule=None if head_rule is None else lambda *out: head_rule(*out).roll(1, 1),
         **rolled,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,17 @@ class BranchRun:
             self._last = self._last.repeat_interleave(n, -2)
         spread: Tensor = logits.repeat_interleave(n, 0)
         return spread
+
+    def drop(self) -> int:
+        """Forgets the last block of rows.
+
+        Returns:
+            Number of rows that stay.
+        """
+        kept = len(self._mask) // self.joint.copies * (self.joint.copies - 1)
+        self.joint = replace(self.joint, copies=self.joint.copies - 1)
+        self._mask, self._last = self._mask[:kept], self._last[..., :kept, :]
+        return kept
 
     def trim(self, output: Any, visible: int) -> None:
         """Cuts hidden states and attentions, where asked for, to the visible rows."""

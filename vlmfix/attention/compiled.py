@@ -65,6 +65,17 @@ class Compiled:
         return frozenset().union(*(method.watches(self.facts.depth) for method in self.attention))
 
     @cached_property
+    def without_pictures(self) -> View | None:
+        """How a prompt reads without pictures, where some method's head rules compare the two."""
+        return next((view for method in self.attention if (view := method.without_pictures())), None)
+
+    @property
+    def packed(self) -> bool:
+        """Whether that prompt runs as copies of text in the same rows; in rows of its own otherwise."""
+        comparing = [method for method in self.attention if method.without_pictures()]
+        return self.facts.packable and all(method.scales_text for method in comparing)
+
+    @cached_property
     def vision_layers(self) -> frozenset[int]:
         """Vision layers whose class-token attention some method reads."""
         return frozenset().union(*(method.vision_layers for method in self.attention))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.compiled import Compiled
+from vlmfix.attention.counterfactual import PackedText, TextRows
 from vlmfix.hf.attend import Look
 from vlmfix.layout import NEVER, Layout
 from vlmfix.method import Glance, LayerContext
@@ -23,10 +24,18 @@ class Layers:
         compiled: the recipe.
         layout: the rows' prompts.
         visible: [B] bool, the rows the caller knows of; the others are branch rows.
+        counterfactual: how head rules see the prompt without pictures.
     """
 
-    def __init__(self, compiled: Compiled, layout: Layout, visible: Tensor) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        layout: Layout,
+        visible: Tensor,
+        counterfactual: PackedText | TextRows | None = None,
+    ) -> None:
         self.compiled = compiled
+        self.counterfactual = counterfactual
         self.layout = layout
         self.visible = visible
         self.q_pos = torch.empty(0)
@@ -39,6 +48,8 @@ class Layers:
         self._prefilling = True
         self._hidden: dict[int, Tensor] = {}
         self._plans: dict[int, tuple[Plan, ...]] = {}
+        self._heads: dict[int, tuple[tuple[int, Plan], ...]] = {}
+        self._scales: dict[tuple[int, int], Tensor] = {}
         self._first: dict[int, int] = {}
         self._memory: dict[tuple[int, int], dict[str, Tensor]] = {}
         self._count = 0
@@ -66,6 +77,8 @@ class Layers:
         self.visible = change(self.visible)
         self._acting = {i: change(acting) for i, acting in self._acting.items()}
         self._plans = {k: tuple(_rowwise(plan, change) for plan in plans) for k, plans in self._plans.items()}
+        self._heads = {k: tuple((i, _rowwise(plan, change)) for i, plan in on) for k, on in self._heads.items()}
+        self._scales = {k: change(t) for k, t in self._scales.items()}
         self._memory = {k: {name: change(t) for name, t in notes.items()} for k, notes in self._memory.items()}
         self.notes = {k: {name: change(t) for name, t in notes.items()} for k, notes in self.notes.items()}
         self.seen = {k: change(t) for k, t in self.seen.items()}
@@ -112,19 +125,17 @@ class Layers:
                     self._plans.clear()
 
     def finish(self, layer: int, out: Tensor) -> Tensor:
-        """Lets a head rule pick its scales from the prefill's outputs, then keeps them for the generation."""
-        plans = self._plans[layer]
-        if not any(plan.head_rule for plan in plans):
-            return out
-        kept: list[Plan] = []
-        for plan in plans:
+        """Scales the heads of a layer's output [B, Q, H, D]; a head rule picks its scales in the prefill, for good."""
+        for i, plan in self._heads[layer]:
+            scale = plan.head_scale
             if plan.head_rule is not None:
-                scale = plan.head_rule(out.transpose(1, 2))
-                active = (self.q_pos[None] >= plan.active_from[:, None])[:, :, None, None]
-                out = torch.where(active, out * scale[:, None, :, None], out)
-                plan = replace(plan, head_rule=None, head_scale=scale)
-            kept.append(plan)
-        self._plans[layer] = tuple(kept)
+                assert self.counterfactual is not None
+                if (i, layer) not in self._scales:
+                    self._scales[i, layer] = plan.head_rule(*self.counterfactual.pair(out, self.layout))
+                scale = self._scales[i, layer]
+            assert scale is not None
+            active = (self.q_pos[None] >= plan.active_from[:, None])[:, :, None, None]
+            out = torch.where(active, out * scale[:, None, :, None].to(out.dtype), out)
         return out
 
     def _acting_rows(self) -> dict[int, Tensor]:
@@ -138,12 +149,14 @@ class Layers:
                 acting = acting & (self.layout.n_visual > 0)
             self.rows_affected.append(int(acting.sum()))
             self.layers_touched.append(set())
+            if method.scales_text and isinstance(self.counterfactual, TextRows):
+                acting = acting[self.counterfactual.partner.to(acting.device)]
             if self.rows_affected[i]:
                 out[i] = acting
         return out
 
     def _build(self, layer: int, heads: int) -> None:
-        plans: list[Plan] = []
+        plans: list[tuple[int, Plan]] = []
         for i, method in enumerate(self.compiled.attention):
             if i not in self._acting or layer not in self.compiled.layers[i]:
                 continue
@@ -152,10 +165,13 @@ class Layers:
             if plan is None:
                 continue
             acting = self._acting[i]
-            plans.append(replace(plan, active_from=torch.where(acting, plan.active_from, NEVER)))
+            plans.append((i, replace(plan, active_from=torch.where(acting, plan.active_from, NEVER))))
             self.layers_touched[i].add(layer)
-        self._plans[layer] = tuple(plans)
-        starts = [t for plan in plans for t in (plan.active_from, *(part.query_from for part in plan.hidden))]
+        self._heads[layer] = tuple((i, plan) for i, plan in plans if plan.only_scales_heads)
+        self._plans[layer] = tuple(plan for _, plan in plans if not plan.only_scales_heads)
+        starts = [
+            t for plan in self._plans[layer] for t in (plan.active_from, *(part.query_from for part in plan.hidden))
+        ]
         if self._prefilling:
             self._first[layer] = int(torch.stack(starts).min()) if starts else NEVER
         else:  # every row of a decoding step lies past the prompt; asking the device would wait for it

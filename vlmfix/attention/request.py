@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from vlmfix.attention.branches import BranchRun
 from vlmfix.attention.compiled import Compiled
+from vlmfix.attention.counterfactual import PackedText, TextRows
 from vlmfix.attention.late import LatePrompt
 from vlmfix.attention.layers import Layers
 from vlmfix.attention.saliency import Tracer, score
 from vlmfix.errors import Refusal
 from vlmfix.hf import encoding
-from vlmfix.hf.attend import Look
+from vlmfix.hf.attend import Look, Tail
 from vlmfix.hf.branching import Joint
 from vlmfix.hf.cache import BranchCache, BranchRows, StaticBranchCache
 from vlmfix.hf.lens import lens
@@ -53,6 +54,8 @@ class Request:
         layout: the visible prompt.
         joint: the prompt with branch rows, where the recipe has branches.
         late: the prompt of branches that wait for the visible rows' prefill, where the recipe has such.
+        counterfactual: how the prefill also runs the prompt without pictures, where head rules compare the two; `joint`
+            then includes its rows, if it has any.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Request:
         layout: Layout,
         joint: Joint | None = None,
         late: LatePrompt | None = None,
+        counterfactual: PackedText | TextRows | None = None,
     ) -> None:
         self.parts = parts
         self.compiled = compiled
@@ -78,7 +82,10 @@ class Request:
         self._branches = None if joint is None else BranchRun(joint, layout.length)
         first = late.first.layout if late is not None else layout if joint is None else joint.layout
         visible = torch.arange(first.rows, device=first.kinds.device) < layout.rows
-        self.layers = Layers(compiled, first, visible)
+        self.layers = Layers(compiled, first, visible, counterfactual)
+        self._packed = counterfactual if isinstance(counterfactual, PackedText) else None
+        self._text_rows = isinstance(counterfactual, TextRows)
+        self.tail: Tail | None = None
         self._tracer = Tracer(compiled.saliency_layers) if compiled.saliency_layers else None
         self._looked: tuple[Look, tuple[Plan, ...]] | None = None
         self.inputs: Mapping[str, Any] = {} if joint is None else joint.inputs
@@ -88,21 +95,28 @@ class Request:
 
     def before(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keywords of the forward with branch rows added."""
-        run = self._branches
-        if run is None or (self._late is not None and self._late.running):
+        run, late = self._branches, self._late
+        if late is not None and late.running:
             return kwargs
         cache = kwargs.get("past_key_values")
-        if self.steps == 0:
+        if run is not None and self.steps == 0:
             if cache is None and kwargs.get("use_cache"):
                 kwargs = {**kwargs, "past_key_values": self.cache()}
-            return run.first(kwargs) if self._late is None else self._late.before(kwargs, run)
-        if cache is None or cache.get_seq_length() == 0:
-            return run.again(kwargs)
-        return run.following(kwargs)
+            kwargs = run.first(kwargs) if late is None else late.before(kwargs, run)
+        elif run is not None:
+            uncached = cache is None or cache.get_seq_length() == 0
+            kwargs = run.again(kwargs) if uncached else run.following(kwargs)
+        if self._packed is not None and self.steps == 0:
+            kwargs = self._packed.before(kwargs, branches=run is not None)
+            self.tail = self._packed.tail
+        return kwargs
 
     def after(self, output: Any) -> Any:
         """Contracts logits to the visible rows and lets the decoding method rewrite the last position."""
         run, method = self._branches, self.compiled.decoding
+        if self._packed is not None and self.tail is not None:
+            self._packed.after(output)
+            self.tail = None
         if self._late is not None and self.steps == 0:
             if self._late.running:
                 return output
@@ -116,6 +130,9 @@ class Request:
             blocks = torch.split(logits, logits.shape[0] // self.copies)
             run.trim(output, blocks[0].shape[0])
             output["logits"] = blocks[0]
+            if self._text_rows:
+                blocks = blocks[:-1]
+                self._drop_text(run, output.get("past_key_values"))
         if method is not None and self.rows_rewritten:
             last, *branches = (block[:, -1].float() for block in blocks)
             taps = tuple(sorted(self.compiled.taps))
@@ -143,6 +160,15 @@ class Request:
 
         return scores
 
+    def _drop_text(self, run: BranchRun, cache: Any) -> None:
+        """Lets the rows without pictures go, once the prefill is in the cache."""
+        if cache is None:
+            return
+        kept = run.drop()
+        cache.keep(kept)
+        self.layers.take(torch.arange(kept))
+        self.copies, cache.copies, self._text_rows = run.joint.copies, run.joint.copies, False
+
     def _early(self, visible: int) -> Callable[[int, bool], Tensor]:
         def early(layer: int, norm: bool) -> Tensor:
             hidden = self.layers.tapped[layer]
@@ -163,8 +189,9 @@ class Request:
 
     @property
     def extra_length(self) -> int:
-        """Slots the joint prompt has beyond the visible one."""
-        return 0 if self._branches is None else self._branches.joint.length - self.prompt_length
+        """Slots the prefill has beyond the visible prompt."""
+        joint = 0 if self._branches is None else self._branches.joint.length - self.prompt_length
+        return joint + (0 if self._packed is None else self._packed.count)
 
     def why_inactive(self, index: int) -> str:
         """Why an attention method touched no layer."""

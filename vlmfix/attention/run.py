@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from vlmfix.attention.compiled import Compiled
+from vlmfix.attention.counterfactual import PackedText, TextRows
 from vlmfix.attention.late import LatePrompt
 from vlmfix.attention.request import Request, rewritten
 from vlmfix.errors import Refusal
 from vlmfix.hf import settings
-from vlmfix.hf.branching import join
+from vlmfix.hf.branching import Joint, join
 from vlmfix.hf.hooks import serving
 from vlmfix.hf.inputs import TOKEN_KEYS, Prompt, read
 from vlmfix.hf.parts import Parts
+from vlmfix.view import View
 
 
 def open_request(
@@ -25,10 +27,28 @@ def open_request(
     if rewritten(compiled, prompt.layout):
         late = LatePrompt.of(parts, compiled, prompt) if compiled.late else None
         joint = join(parts, prompt, compiled.views) if compiled.views else None
-    request = Request(parts, compiled, prompt.layout, joint, late)
+    view, counterfactual = compiled.without_pictures, None
+    if view is not None and bool(prompt.layout.visual.any()):
+        counterfactual, joint = _without_pictures(parts, compiled, prompt, view, joint, late)
+    request = Request(parts, compiled, prompt.layout, joint, late, counterfactual)
     if joint is None and late is None:
         request.inputs = prompt.pictures
     return request, prompt
+
+
+def _without_pictures(
+    parts: Parts, compiled: Compiled, prompt: Prompt, view: View, joint: Joint | None, late: LatePrompt | None
+) -> tuple[PackedText | TextRows, Joint | None]:
+    """How the prefill also runs the prompt without pictures, and the joint prompt that then holds its rows."""
+    if compiled.packed:
+        return PackedText(parts, prompt, view), joint
+    if late is not None:
+        raise Refusal(
+            f"{parts.family}: both methods of this recipe run rows of their own beside the prompt; choose one of them"
+        )
+    views = compiled.views if joint is not None else ()
+    joint = join(parts, prompt, [*views, view])
+    return TextRows(prompt.layout.rows, joint.layout.rows), joint
 
 
 def generate(
@@ -46,13 +66,16 @@ def generate(
     Returns:
         generate's result and the request, for the run report.
     """
-    settings.refuse(kwargs, branches=compiled.late or bool(compiled.views))
+    more_rows = compiled.without_pictures is not None and not compiled.packed
+    settings.refuse(kwargs, branches=compiled.late or bool(compiled.views) or more_rows)
     if compiled.decoding is not None and not compiled.decoding.beams and (kwargs.get("num_beams") or 1) > 1:
         raise Refusal("this method decides token by token and does not go with num_beams > 1; leave num_beams out")
     request, prompt = open_request(parts, compiled, kwargs, global_tile)
     kwargs = {k: v for k, v in kwargs.items() if k != "visual_mask"}
     if request.copies > 1:
         kwargs = _hidden_branches(request, prompt, kwargs)
+    elif request.extra_length and kwargs.get("cache_implementation") == "static":
+        kwargs = _own_cache(request, prompt, kwargs)
     with serving(request):
         return call(**kwargs), request
 
@@ -62,8 +85,11 @@ def _hidden_branches(request: Request, prompt: Prompt, kwargs: dict[str, Any]) -
     if not request.parts.embeds:
         dropped = {*prompt.pictures, *TOKEN_KEYS} - {"attention_mask"}
         kwargs = {k: v for k, v in kwargs.items() if k not in dropped}
-    if kwargs.get("use_cache") is False:
-        return kwargs
+    return kwargs if kwargs.get("use_cache") is False else _own_cache(request, prompt, kwargs)
+
+
+def _own_cache(request: Request, prompt: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A cache with room for what the request adds to the prompt."""
     static = kwargs.pop("cache_implementation", None) == "static"
     new = kwargs.get("max_new_tokens") or (kwargs.get("max_length") or 20 + prompt.layout.length) - prompt.layout.length
     length = prompt.layout.length + new + request.extra_length if static else None

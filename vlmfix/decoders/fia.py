@@ -152,7 +152,8 @@ def select(first: Tensor, late: Tensor, local_share: float, truncated: bool = Fa
 def upper_fence(values: Tensor) -> Tensor:
     """Q3 + 1.5 (Q3 - Q1), quartiles by linear interpolation."""
     low, high = torch.quantile(values.float(), torch.tensor([0.25, 0.75], device=values.device))
-    return high + FENCE * (high - low)
+    fence: Tensor = high + FENCE * (high - low)
+    return fence
 
 
 def largest(values: Tensor, count: int) -> Tensor:

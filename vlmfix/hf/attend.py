@@ -68,8 +68,26 @@ class Look:
         return probabilities(query, self.key, mask, self.scale, self.q_pos[queries], self.k_pos, **self.how)
 
 
+@dataclass(frozen=True)
+class Tail:
+    """Queries at the end of a prefill that belong to no row of the caller.
+
+    Args:
+        start: slot of the first.
+        plans: what they follow in every layer, instead of the recipe's.
+    """
+
+    start: int
+    plans: tuple[Plan, ...]
+
+
 class Request(Protocol):
     """What the attention function asks of the state of one generation."""
+
+    @property
+    def tail(self) -> Tail | None:
+        """Queries of this forward that follow plans of their own."""
+        ...
 
     @property
     def q_pos(self) -> Tensor:
@@ -125,18 +143,22 @@ def _attend(
     how: dict[str, Any] = {"softcap": kw.get("softcap"), "sinks": kw.get("s_aux"), "causal": causal}
     look = Look(query, key, value, mask, scale, request.q_pos, how)
     plans, first = request.visit(layer, look)
-    start = max(first - request.past, 0)
-    if not plans or start >= query.shape[2]:
+    queries, tail = query.shape[2], request.tail
+    end = queries if tail is None else min(tail.start - request.past, queries)
+    start = min(max(first - request.past, 0), end) if plans else end
+    if start == queries:
         out, weights = original(module, query, key, value, mask, **kw)
         return request.finish(layer, out), weights
     parts: list[Tensor] = []
     if start:
         parts.append(original(module, query, key, value, mask, **kw)[0][:, :start])
-    for a in range(start, query.shape[2], CHUNK):
-        at = slice(a, a + CHUNK)
-        part = None if mask is None else mask[:, :, at, : key.shape[2]]
-        q_pos = request.q_pos[at]
-        out = grouped_attention(query[:, :, at], key, value, plans, part, scale, q_pos, look.k_pos, **how)
+    blocks = [(a, min(a + CHUNK, end), plans) for a in range(start, end, CHUNK)]
+    if tail is not None:
+        blocks += [(a, min(a + CHUNK, queries), tail.plans) for a in range(end, queries, CHUNK)]
+    for a, b, wanted in blocks:
+        part = None if mask is None else mask[:, :, a:b, : key.shape[2]]
+        q_pos = request.q_pos[a:b]
+        out = grouped_attention(query[:, :, a:b], key, value, wanted, part, scale, q_pos, look.k_pos, **how)
         parts.append(out.transpose(1, 2))
     out = torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()
     return request.finish(layer, out), None

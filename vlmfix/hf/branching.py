@@ -89,7 +89,7 @@ def join(parts: Parts, prompt: Prompt, views: Sequence[View], visible: bool = Tr
         inputs = {"inputs_embeds": _copied(parts, prompt.embeds, ids, source), "attention_mask": mask, **tokens}
     elif parts.embeds:
         inputs = {"inputs_embeds": _embed(parts, inputs), "attention_mask": mask}
-    positions = _positions(parts, ids, inputs)
+    positions = positions_of(parts, ids, inputs)
     inputs["position_ids"] = positions
     return Joint(inputs, mask, positions, layout, prompt.layout.rows, len(views), parts.family in PER_ROW)
 
@@ -128,13 +128,20 @@ def _concatenated(blocks: list[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _positions(parts: Parts, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+def positions_of(parts: Parts, entry: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Position ids of a prompt as `generate` would make them, rows last but one.
+
+    Args:
+        parts: the model.
+        entry: [B, K] token ids, or [B, K, width] embeddings.
+        inputs: everything else the forward gets, attention_mask among it.
+    """
     prepare = getattr(parts.top, "_prepare_position_ids_for_generation", None)
     mask: Tensor = inputs["attention_mask"]
-    if prepare is None or parts.embeds:
+    if prepare is None or parts.embeds or entry.dim() == 3:
         return (mask.cumsum(-1) - 1).clamp(min=0)
     kwargs = {k: v for k, v in inputs.items() if k != "input_ids"}
-    return prepare(ids, kwargs)  # type: ignore[no-any-return]
+    return prepare(entry, kwargs)  # type: ignore[no-any-return]
 
 
 def _embed(parts: Parts, inputs: dict[str, Any]) -> Tensor:

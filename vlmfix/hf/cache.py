@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 
 class Rows(Protocol):
@@ -39,6 +40,10 @@ class BranchRows:
         rows = self._rows() // self.copies
         self._take(torch.cat([indices + i * rows for i in range(self.copies)]))
 
+    def keep(self, rows: int) -> None:
+        """Keeps the first rows; the request's state is left to the caller."""
+        super().reorder_cache(torch.arange(rows, device=self._device()))  # type: ignore[misc]
+
     def repeat(self, repeats: int, rows: int, device: Any) -> None:
         """Repeats each of `rows` rows, the request's state excepted (it repeats itself)."""
         super().reorder_cache(torch.arange(rows, device=device).repeat_interleave(repeats))  # type: ignore[misc]
@@ -46,10 +51,18 @@ class BranchRows:
     def _rows(self) -> int:
         return next(layer.keys.shape[0] for layer in self.layers if getattr(layer, "keys", None) is not None)  # type: ignore[attr-defined, no-any-return]
 
+    def _device(self) -> Any:
+        return next(layer.keys.device for layer in self.layers if getattr(layer, "keys", None) is not None)  # type: ignore[attr-defined]
+
     def _take(self, rows: torch.Tensor) -> None:
         super().reorder_cache(rows)  # type: ignore[misc]
         if self.state is not None:
             self.state.take(rows)
+
+
+def only_full_attention(config: Any) -> bool:
+    """Whether every layer of a text decoder keeps all keys: no windows, no chunks, no running states."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 def drop_last(cache: Any, count: int, length: int) -> None:

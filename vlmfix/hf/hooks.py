@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import threading
 import weakref
@@ -186,11 +187,11 @@ def _before(parts: Parts) -> Any:
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         request = _current(parts)
+        if args and (request is not None or OPEN):
+            names = inspect.signature(module.forward).parameters
+            args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
         if request is None and OPEN:
-            names = ("input_ids",)
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
             request = OPEN[0](parts, kwargs)
-            args = ()
             if request is not None:
                 _OPENED.set((*_OPENED.get(), (parts, REQUEST.set(request))))
         if request is None:

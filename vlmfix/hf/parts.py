@@ -153,6 +153,7 @@ class _Probe:
     """Stands in for a request and learns the layers."""
 
     past = 0
+    tail = None
 
     def __init__(self) -> None:
         self.heads: dict[int, int] = {}

@@ -44,7 +44,8 @@ def class_row(attention: Any, hidden: Tensor) -> Tensor:
     query = attention.q_proj(hidden[:, :1]).unflatten(-1, split).float()
     key = attention.k_proj(hidden).unflatten(-1, split).float()
     scores = torch.einsum("tqhd,tkhd->thk", query, key) * query.shape[-1] ** -0.5
-    return scores.softmax(-1)[..., 1:].sum(1)
+    row: Tensor = scores.softmax(-1)[..., 1:].sum(1)
+    return row
 
 
 def on_tokens(model: Any, layout: Layout, rows: Tensor, inputs: Mapping[str, Any]) -> Tensor:
