@@ -1,0 +1,70 @@
+"""Saliency row: the definition against autograd, the kernel against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.tools import DTYPES, launching, within_budget
+from vlmfix.kernels.dispatch import reference_only
+from vlmfix.kernels.saliency_row import saliency_row
+
+
+def problem(place, batch, heads, n_kv, keys, size, count, dtype=torch.float32, biased=False):
+    q = place.randn(batch, heads, 1, size, dtype=dtype)
+    k, v = place.randn(batch, n_kv, keys, size, dtype=dtype), place.randn(batch, n_kv, keys, size, dtype=dtype)
+    d_out = place.randn(batch, count, heads, size)
+    own = place.tensor([keys - 1 - 3 * (b % 2) for b in range(batch)])
+    start = place.tensor([keys // 5 * (b % 2) for b in range(batch)])
+    bias = place.randn(1, heads, keys) if biased else None
+    slots = place.arange(keys)
+    seen = (slots <= own[:, None]) & (slots >= start[:, None])
+    z = (q.double() @ k.double().repeat_interleave(heads // n_kv, 1).mT)[:, :, 0] * size**-0.5
+    z = z if bias is None else z + bias.double()
+    lse = z.masked_fill(~seen[:, None], float("-inf")).logsumexp(-1)
+    return (q, k, v, lse, d_out, size**-0.5, own), {"start": start, "bias": bias}, seen
+
+
+def test_definition_is_the_gradient():
+    """dq, dk and dv of the row's own slot equal autograd; the saliency is |A dP| with A an independent leaf."""
+    from tests.kernels.tools import Place
+
+    torch.manual_seed(2)
+    (q, k, v, lse, d_out, scale, own), kw, seen = problem(Place("cpu"), 2, 4, 2, 19, 8, 3, torch.float64, True)
+    d_out = d_out.double()
+    got = saliency_row(q, k, v, lse, d_out, scale, own, **kw)
+    for b in range(2):
+        for c in range(3):
+            leaves = [q[b, :, 0].clone(), k[b, :, own[b]].clone(), v[b, :, own[b]].clone()]
+            query, key, value = (x.requires_grad_() for x in leaves)
+            keys, values = k[b].clone(), v[b].clone()
+            keys[:, own[b]], values[:, own[b]] = key, value
+            z = torch.einsum("hd,hnd->hn", query, keys.repeat_interleave(2, 0)) * scale + kw["bias"][0].double()
+            a = z.masked_fill(~seen[b], float("-inf")).softmax(-1)
+            out = torch.einsum("hn,hnd->hd", a, values.repeat_interleave(2, 0))
+            da, dq, dk, dv = torch.autograd.grad((out * d_out[b, c]).sum(), (a, query, key, value))
+            torch.testing.assert_close(got.saliency[b, c], (a * da).abs().sum(0).detach())
+            for mine, theirs in ((got.dq, dq), (got.dk_self, dk), (got.dv_self, dv)):
+                torch.testing.assert_close(mine[b, c], theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "n_kv", "size", "count"), [(2, 2, 16, 1), (6, 2, 80, 5)])
+def test_kernel(place, dtype, heads, n_kv, size, count):
+    arguments, kw, _ = problem(place, 2, heads, n_kv, place(37, 1500), size, count, dtype, biased=count == 5)
+    exact = saliency_row(*(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments), **kw)
+    arguments = (*arguments[:3], arguments[3].float(), *arguments[4:])
+    with reference_only():
+        plain = saliency_row(*arguments, **kw)
+    with launching("saliency_row"):
+        actual = saliency_row(*arguments, **kw)
+    for one, two, three in zip(actual, plain, exact, strict=True):
+        within_budget(one, two, three, torch.float32)
+
+
+def test_wrong_shapes_are_named():
+    q, k = torch.zeros(1, 2, 2, 8), torch.zeros(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="one query row"):
+        saliency_row(q, k, k, torch.zeros(1, 2), torch.zeros(1, 1, 2, 8), 1.0, torch.tensor([4]))
+    with pytest.raises(ValueError, match="d_out"):
+        saliency_row(q[:, :, :1], k, k, torch.zeros(1, 2), torch.zeros(1, 1, 3, 8), 1.0, torch.tensor([4]))
