@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pico_data import prefix
-from pico_model import BOS, PAD, prompt_text
+import transformers
+from pico_data import attend, prefix
+from pico_model import BOS, PAD, VISUAL, prompt_text, read, see
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlmfix.eval import scenes
 from vlmfix.eval.scenes import Scene, World
 from vlmfix.eval.scenes.text import PLURALS, SINGULARS, article
@@ -75,30 +81,31 @@ def pope_questions(drawn: Sequence[Scene], world: World, seed: int = 0) -> dict[
 
 
 @torch.inference_mode()
-def evaluate(model: Any, tokenizer: Any, world: World, split: str, n: int, batch: int = 250) -> dict[str, Any]:
+def evaluate(model: Any, tokenizer: Any, world: World, split: str, n: int, batch: int = 125) -> dict[str, Any]:
     """All figures of a loaded checkpoint on the first `n` scenes of a split, seed 0."""
-    drawn = list(islice(scenes.scenes(split, 0, n, world), n))
-    parts = [scenes.compose(scenes.pack(drawn[i : i + batch]).to(model.device))[0] for i in range(0, n, batch)]
-    pictures = (torch.cat(parts).float() / 127.5 - 1).to(model.dtype)
+    drawn = list(scenes.scenes(split, 0, n, world))
+    pictures = torch.cat(
+        [scenes.compose(scenes.pack(drawn[i : i + batch]).to(model.device))[0] for i in range(0, n, batch)]
+    )
     captions = caption_all(model, tokenizer, pictures, batch)
-    result: dict[str, Any] = {
-        "pictures": n,
-        "split": split,
-        "captions": chair(captions, drawn),
-        "pope": {},
-        "pope_shuffled": {},
-    }
     asked = pope_questions(drawn, world)
-    for kind, items in asked.items():
-        result["pope"][kind] = pope(model, tokenizer, pictures, items, batch)
-        result["pope_shuffled"][kind] = pope(model, tokenizer, pictures.roll(1, 0), items, batch)
     likely = [(row, name, False) for row, s in enumerate(drawn) for name in s.frequent if name not in s.counts]
-    result["yes_to_absent_typical"] = 100 - pope(model, tokenizer, pictures, likely, batch)["accuracy"]
-    result["blind_rank"] = blind_rank(model, tokenizer, captions, drawn, batch)
-    result["examples"] = [
-        {"scene": s.kind, "truth": dict(s.counts), "caption": c} for s, c in zip(drawn[:8], captions[:8], strict=True)
-    ]
-    return result
+    wanted = [(row, name) for items in (*asked.values(), likely) for row, name, _ in items]
+    told = answers(model, tokenizer, pictures, wanted, batch)
+    blurred = answers(model, tokenizer, pictures.roll(1, 0), wanted, batch)
+    return {
+        "split": split,
+        "pictures": n,
+        "captions": chair(captions, drawn),
+        "pope": {kind: pope(told, items) for kind, items in asked.items()},
+        "pope_shuffled": {kind: pope(blurred, items) for kind, items in asked.items()},
+        "yes_to_absent_typical": pope(told, likely)["yes_ratio"],
+        "blind_rank": blind_rank(model, tokenizer, captions, drawn, batch),
+        "examples": [
+            {"scene": s.kind, "truth": dict(s.counts), "caption": c}
+            for s, c in zip(drawn[:8], captions[:8], strict=True)
+        ],
+    }
 
 
 def caption_all(model: Any, tokenizer: Any, pictures: torch.Tensor, batch: int) -> list[str]:
@@ -106,11 +113,12 @@ def caption_all(model: Any, tokenizer: Any, pictures: torch.Tensor, batch: int) 
     ids = prefix(tokenizer) + tokenizer.encode(f"\n{CAPTION_PROMPT} ASSISTANT:", add_special_tokens=False)
     captions: list[str] = []
     for some in pictures.split(batch):
+        pixels = (some.float() / 127.5 - 1).to(model.dtype)
         inputs = torch.tensor([ids] * len(some), device=model.device)
         out = model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
-            pixel_values=some,
+            pixel_values=pixels,
             max_new_tokens=128,
             do_sample=False,
         )
@@ -118,29 +126,60 @@ def caption_all(model: Any, tokenizer: Any, pictures: torch.Tensor, batch: int) 
     return [text.strip() for text in captions]
 
 
-def pope(
-    model: Any, tokenizer: Any, pictures: torch.Tensor, items: list[tuple[int, str, bool]], batch: int
-) -> dict[str, float]:
-    """Accuracy, yes ratio and F1 in percent. The likeliest token is the answer; all but yes count as no."""
-    tails = [
-        tokenizer.encode(f"\nIs there {article(name)} in the image? ASSISTANT:", add_special_tokens=False)
-        for _, name, _ in items
-    ]
-    yes_id = tokenizer.encode(" Yes", add_special_tokens=False)[0]
-    said = np.zeros(len(items), bool)
+def answers(
+    model: Any, tokenizer: Any, pictures: torch.Tensor, asked: Sequence[tuple[int, str]], batch: int
+) -> dict[tuple[int, str], bool]:
+    """Whether the model says yes to "Is there a NAME in the image?" of picture `row`, for every (row, name).
+
+    The likeliest token is the answer; all but yes count as no. All questions about a picture stand in one row, blind
+    to each other as in training, which gives what one question at a time gives.
+    """
     head = prefix(tokenizer)
-    by_length: dict[int, list[int]] = {}
-    for i, tail in enumerate(tails):
-        by_length.setdefault(len(tail), []).append(i)
-    for group in by_length.values():
-        for start in range(0, len(group), batch):
-            chosen = group[start : start + batch]
-            inputs = torch.tensor([head + tails[i] for i in chosen], device=model.device)
-            rows = torch.tensor([items[i][0] for i in chosen], device=pictures.device)
-            logits = model(
-                input_ids=inputs, attention_mask=torch.ones_like(inputs), pixel_values=pictures[rows], logits_to_keep=1
-            ).logits
-            said[chosen] = (logits[:, -1].argmax(-1) == yes_id).cpu().numpy()
+    yes = tokenizer.encode(" Yes", add_special_tokens=False)[0]
+    names: dict[int, list[str]] = {}
+    for row, name in dict.fromkeys(asked):
+        names.setdefault(row, []).append(name)
+    tails = {
+        name: tokenizer.encode(f"\nIs there {article(name)} in the image? ASSISTANT:", add_special_tokens=False)
+        for name in scenes.NAMES
+    }
+    told: dict[tuple[int, str], bool] = {}
+    rows = list(names)
+    for start in range(0, len(rows), batch):
+        some = rows[start : start + batch]
+        length = max(sum(len(tails[name]) for name in names[row]) for row in some)
+        text, turn, position = (torch.zeros(len(some), length, dtype=torch.int64) for _ in range(3))
+        ends: list[tuple[int, int, int, str]] = []
+        for i, row in enumerate(some):
+            at = 0
+            for k, name in enumerate(names[row], 1):
+                end = at + len(tails[name])
+                text[i, at:end], turn[i, at:end] = torch.tensor(tails[name]), k
+                position[i, at:end] = torch.arange(len(head), len(head) + end - at)
+                ends.append((i, len(head) + end - 1, row, name))
+                at = end
+        hidden = packed_hidden(model, head, pictures[some], text, turn, position)
+        logits = model.lm_head(hidden[[e[0] for e in ends], [e[1] for e in ends]])
+        for (_, _, row, name), said in zip(ends, (logits.argmax(-1) == yes).tolist(), strict=True):
+            told[row, name] = said
+    return told
+
+
+def packed_hidden(
+    model: Any, head: list[int], pictures: torch.Tensor, text: torch.Tensor, turn: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """Last hidden states [B, S, hidden] of prefix and packed turns."""
+    device, table = model.device, model.get_input_embeddings()
+    seen = see(model, pictures)
+    before = table(torch.tensor(head[: len(head) - VISUAL], device=device)).expand(len(text), -1, -1)
+    embeds = torch.cat([before, seen.to(before.dtype), table(text.to(device))], 1)
+    places = torch.cat([torch.arange(len(head)).expand(len(text), -1), position], 1)
+    return read(model, embeds, attend(turn.to(device), len(head)), places.to(device))
+
+
+def pope(told: dict[tuple[int, str], bool], items: Sequence[tuple[int, str, bool]]) -> dict[str, float]:
+    """Accuracy, yes ratio and F1 in percent, and the number of questions."""
+    said = np.array([told[row, name] for row, name, _ in items])
     truth = np.array([label for _, _, label in items])
     right = int((said & truth).sum())
     return {
@@ -157,6 +196,7 @@ def blind_rank(
     """How often, without the picture, a hallucinated object is likelier than a random absent one there (percent)."""
     rng = np.random.default_rng(0)
     rows: list[tuple[list[int], list[int]]] = []
+    encode = partial(tokenizer.encode, add_special_tokens=False)
     opening = prompt_text(CAPTION_PROMPT, picture=False)
     for text, scene in zip(captions, drawn, strict=True):
         said = {name for name, _, _ in mentions(text)}
@@ -167,8 +207,8 @@ def blind_rank(
             plural = form == PLURALS.get(name, name + "s")
             rivals = [absent[i] for i in rng.permutation(len(absent))[:others]]
             forms = [form] + [PLURALS.get(r, r + "s") if plural else SINGULARS.get(r, r) for r in rivals]
-            before = [BOS, *tokenizer.encode(f"{opening} {text[:at].rstrip()}", add_special_tokens=False)]
-            rows += [(before, tokenizer.encode(" " + form, add_special_tokens=False)) for form in forms]
+            before = [BOS, *encode(f"{opening} {text[:at].rstrip()}")]
+            rows += [(before, encode(" " + form)) for form in forms]
     scores: list[float] = []
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
@@ -182,3 +222,48 @@ def blind_rank(
         "objects": len(table),
         "above_random": 100 * float((table[:, :1] > table[:, 1:]).mean()) if len(table) else float("nan"),
     }
+
+
+def validity(result: dict[str, Any]) -> dict[str, Any]:
+    """Is it a test bed: does it look, does it err by its prior, and does the prior alone point at the errors?"""
+    drop = {
+        kind: result["pope"][kind]["accuracy"] - result["pope_shuffled"][kind]["accuracy"] for kind in result["pope"]
+    }
+    return {
+        "shuffled_pictures_cost": drop,
+        "shuffled_pictures_cost_20": min(drop.values()) >= 20,
+        "typical_share_60": result["captions"]["typical_share"] >= 60,
+        "blind_rank_above_random": result["blind_rank"]["above_random"] > 50,
+    }
+
+
+def main() -> None:
+    """Evaluate a checkpoint that exists; the figures replace those in its log."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--log", type=Path, required=True, help="JSON log to update")
+    parser.add_argument("--splits", default="test")
+    parser.add_argument("--pictures", type=int, default=1000)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(options.folder, dtype=dtype).to(device).eval()
+    tokenizer = AutoProcessor.from_pretrained(options.folder).tokenizer
+    report = json.loads(options.log.read_text()) if options.log.exists() else {}
+    report |= evaluation(model, tokenizer, scenes.WORLD, options.splits.split(","), options.pictures)
+    options.log.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def evaluation(model: Any, tokenizer: Any, world: World, splits: Sequence[str], n: int) -> dict[str, Any]:
+    """Figures and validity on each split, with what they were computed on."""
+    figures = {split: evaluate(model, tokenizer, world, split, n) for split in splits}
+    return {
+        "figures": figures,
+        "validity": {split: validity(result) for split, result in figures.items()},
+        "figures_world": asdict(world),
+        "figures_on": [model.device.type, str(model.dtype), f"transformers {transformers.__version__}"],
+    }
+
+
+if __name__ == "__main__":
+    main()

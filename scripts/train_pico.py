@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from pico_data import Batches, attend, prefix
-from pico_eval import evaluate
+from pico_eval import evaluation
 from pico_model import compile_layers, export, make_model, make_tokenizer, read, see
 from PIL import Image
 from torch.nn.functional import avg_pool2d, cross_entropy
@@ -78,13 +78,11 @@ def main() -> None:
         "train_seconds": round(trained, 1),
         "losses": losses,
     }
-    results = {split: evaluate(copy, tokenizer, world, split, options.pictures) for split in options.splits.split(",")}
-    report["figures"] = results
-    report["validity"] = {split: validity(result) for split, result in results.items()}
+    report |= evaluation(copy, tokenizer, world, options.splits.split(","), options.pictures)
     report["seconds"] = round(time.time() - started, 1)
     options.log.parent.mkdir(parents=True, exist_ok=True)
     options.log.write_text(json.dumps(report, indent=1) + "\n")
-    for split, result in results.items():
+    for split, result in report["figures"].items():
         say(
             split,
             json.dumps({k: v for k, v in result.items() if k != "examples"}),
@@ -222,19 +220,6 @@ def check_processor(folder: Path, world: World) -> None:
         raise SystemExit("the exported processor does not give the tokens of training")
     if (made["pixel_values"] - (picture.float() / 127.5 - 1)).abs().max() > 1e-5:
         raise SystemExit("the exported processor does not give the pixels of training")
-
-
-def validity(result: dict[str, Any]) -> dict[str, Any]:
-    """Is it a test bed: does it look, does it err by its prior, and does the prior alone point at the errors?"""
-    drop = {
-        kind: result["pope"][kind]["accuracy"] - result["pope_shuffled"][kind]["accuracy"] for kind in result["pope"]
-    }
-    return {
-        "shuffled_pictures_cost": drop,
-        "shuffled_pictures_cost_20": min(drop.values()) >= 20,
-        "typical_share_60": result["captions"]["typical_share"] >= 60,
-        "blind_rank_above_random": result["blind_rank"]["above_random"] > 50,
-    }
 
 
 def say(*words: object) -> None:

@@ -159,7 +159,7 @@ class World:
 
     cooccurrence: float = 0.89
     spread: float = 0.06
-    kept: float = 0.4
+    kept: float = 0.65
     strangers: float = 1.0
     several: float = 0.15
     hard: float = 0.4
