@@ -13,8 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ..errors import UsageError, nearest
 from .base import Item
+from .benchmarks.margins import best_offset
 from .guards import Record
 
 CLEARLY = " Mention only what you clearly see."
@@ -122,6 +125,27 @@ def other_pictures(items: Sequence[Item], seed: int = 0) -> dict[str, str]:
         raise UsageError("contrast with another item's picture needs at least two pictures")
     random.Random(seed).shuffle(names)
     return dict(zip(names, [*names[1:], names[0]], strict=True))
+
+
+def offset_of(items: Sequence[Item], records: Sequence[Record]) -> float:
+    """Threshold on the yes-no margin with the most right answers, for `trivial`.
+
+    Args:
+        items: of the tuning split, with `label` in their truth.
+        records: the reference's, with `margin`.
+
+    Raises:
+        UsageError: naming an answer without a margin, or if nothing is answered.
+    """
+    found = {str(record["id"]): record.get("margin") for record in records if "text" in record}
+    kept = [item for item in items if item.id in found]
+    for item in kept:
+        if not isinstance(found[item.id], (int, float)):
+            raise UsageError(f"item {item.id!r} has no yes-no margin; run the reference with margins recorded")
+    if not kept:
+        raise UsageError("no tuning item is answered; run the reference on them first")
+    margins = np.array([found[item.id] for item in kept], dtype=np.float64)
+    return best_offset(margins, np.array([item.truth["label"] == "yes" for item in kept]))
 
 
 def first_sentences(text: str, count: float) -> str:

@@ -85,13 +85,13 @@ def frontier(
     if not points:
         raise UsageError("nothing to draw: no curve has a defined point")
     across, up = _ticks(*_ends(p[0] for p in points)), _ticks(*_ends(p[1] for p in points))
-    left, top, width, height = 60, 20, 440, 320
+    left, top, width, height = 60, 30, 440, 320
 
     def at(p: Point) -> tuple[float, float]:
         x = left + width * (p[0] - across[0]) / (across[-1] - across[0])
         return x, top + height * (up[-1] - p[1]) / (up[-1] - up[0])
 
-    parts = [_text(left + width / 2, top + height + 40, x_label, "middle"), _text(8, 12, y_label)]
+    parts = [_text(left + width / 2, top + height + 40, x_label, "middle"), _text(8, 16, y_label)]
     for tick in across:
         x, _ = at((tick, up[0], ""))
         parts += [_line(x, top, x, top + height, "#eee"), _text(x, top + height + 18, f"{tick:g}", "middle")]

@@ -59,7 +59,7 @@ def point(score: Score, label: str, x: str = "recall", y: str = "chair_i") -> Po
 
 
 def reference_curve(
-    records: Sequence[Record], score: Scorer, limits: Sequence[int] = LIMITS, **axes: str
+    records: Sequence[Record], score: Scorer, limits: Sequence[int] = LIMITS, x: str = "recall", y: str = "chair_i"
 ) -> list[Point]:
     """Points of greedy answers cut after more and more words; the last one is uncut.
 
@@ -67,12 +67,13 @@ def reference_curve(
         records: the reference's records.
         score: the benchmark's scorer.
         limits: word limits.
-        axes: `x` and `y`, names of the metrics.
+        x: metric of the horizontal axis.
+        y: metric of the vertical axis.
     """
     longest = max((len(record["text"].split()) for record in records if "text" in record), default=0)
     kept = [limit for limit in limits if limit < longest]
-    points = [point(score(truncated(records, limit)), f"{limit} words", **axes) for limit in kept]
-    return [*points, point(score(records), "uncut", **axes)]
+    points = [point(score(truncated(records, limit)), f"{limit} words", x, y) for limit in kept]
+    return [*points, point(score(records), "uncut", x, y)]
 
 
 def matched(

@@ -7,16 +7,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import benchmarks, bundle, compare, suite
+from . import benchmarks, bundle, compare, figures, suite
 from . import table as tables
-from .baselines import Arm
+from .baselines import GREEDY, Arm
 from .benchmarks import Benchmark
 from .benchmarks.files import Problems
 from .collect import Answered, collect, row
+from .frontier import Matched, Point, matched, point, reference_curve, sweep
 from .grid import Grid
 from .importers import read_answers
 from .judge import Bounds
 from .world import world
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A strength swept.
+
+    Args:
+        curve: recall, hallucination and strength of each point.
+        reference: the same of truncated greedy answers.
+        matched: strength -> comparison with greedy cut to the same mean length.
+        figure: the SVG file.
+    """
+
+    curve: Sequence[Point]
+    reference: Sequence[Point]
+    matched: Mapping[str, Matched]
+    figure: Path
 
 
 @dataclass(frozen=True)
@@ -92,3 +110,52 @@ def table(
         texts = {"table.md": tables.markdown(built), "table.json": tables.as_json(comparison)}
         files = [*files, bundle.write(bundle_to, name, options, rows, texts, load)]
     return Result(comparison, rows, files)
+
+
+def frontier(
+    grid: Grid,
+    name: str,
+    recipe: str,
+    method: str,
+    strength: str,
+    values: Sequence[Any],
+    open: suite.Open,
+    out: str | Path,
+    *,
+    pictures: Callable[[str], Any] | None = None,
+    progress: suite.Progress | None = None,
+    load: Callable[..., Benchmark] = benchmarks.load,
+) -> Frontier | None:
+    """Hallucination against recall while a method's strength is swept, with truncated greedy as the curve to beat.
+
+    Args:
+        grid: the grid; its methods do not count.
+        name: a caption benchmark of it.
+        recipe: holds the method.
+        method: name of the method.
+        strength: its hyper-parameter.
+        values: of the strength.
+        open: as in `table`.
+        out: folder; the figure is `NAME/frontier.svg` in it.
+        pictures: as in `table`.
+        progress: as in `table`.
+        load: as in `table`.
+
+    Returns:
+        The frontier in the first process, None in the others.
+    """
+    benchmark, place = load(name, **grid.benchmarks[name]), Path(out)
+    arms = [GREEDY, *sweep(recipe, method, strength, values)]
+    runs = suite.run(grid, benchmark, arms, open, place / "answers", pictures=pictures, progress=progress)
+    if world().rank:
+        return None
+    greedy, *rest = collect(grid, benchmark, arms, runs)
+    known = benchmark.score(greedy.answers[0]).metrics
+    x, y = "recall" if "recall" in known else "cover", "chair_i" if "chair_i" in known else "chair"
+    curve = [point(benchmark.score(each.answers[0]), each.name, x, y) for each in rest]
+    reference = reference_curve(greedy.answers[0], benchmark.score, x=x, y=y)
+    compared = {each.name: matched(greedy.asked, greedy.answers[0], each.answers[0], benchmark.score) for each in rest}
+    figure = place / name / "frontier.svg"
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_text(figures.frontier({recipe: curve}, reference, x, y), encoding="utf-8")
+    return Frontier(curve, reference, compared, figure)

@@ -20,6 +20,7 @@ ALWAYS = (
     "ms_per_token", "prefill_ms", "peak_mib", "extra_rows",
 )  # fmt: skip
 """Guard columns of every table, blank where a benchmark lacks them."""
+_UNDEFINED = "undefined"
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
     c: f"\\{c}" for c in "&%$#_{}"
 }
@@ -73,7 +74,7 @@ def build(comparison: Comparison, metrics: Sequence[str] | None = None) -> Table
             Entry(line.kind),
             Entry(line.grade),
             *(_entry(line.cells.get(name)) for name in chosen),
-            *(Entry(_entry(line.cells.get(name)).text) for name in guards),
+            *(Entry(_entry(line.cells.get(name)).text.replace(_UNDEFINED, "")) for name in guards),
         ]
         for line in comparison.lines
     ]
@@ -90,7 +91,7 @@ def markdown(table: Table) -> str:
         return text.replace("|", "\\|")
 
     lines = [f"**{table.title}**", "", "| " + " | ".join(table.heads) + " |"]
-    lines.append("|" + "|".join(["---"] + ["---:"] * (len(table.heads) - 1)) + "|")
+    lines.append("|" + "|".join(["---"] * 3 + ["---:"] * (len(table.heads) - 3)) + "|")
     lines += ["| " + " | ".join(cell(entry) for entry in row) + " |" for row in table.rows]
     lines += ["", *(f"- {note}" for note in table.notes), *(f"- Warning: {text}" for text in table.warnings)]
     return "\n".join(lines) + "\n"
@@ -107,7 +108,7 @@ def latex(table: Table) -> str:
     heads = " & ".join(_escape(head).replace("↑", "$\\uparrow$").replace("↓", "$\\downarrow$") for head in table.heads)
     lines = [
         f"% {table.title}",
-        "\\begin{tabular}{l" + "r" * (len(table.heads) - 1) + "}",
+        "\\begin{tabular}{lll" + "r" * (len(table.heads) - 3) + "}",
         "\\toprule",
         heads + r" \\",
         "\\midrule",
@@ -142,7 +143,7 @@ def as_json(comparison: Comparison) -> str:
 
 def _entry(cell: Cell | None) -> Entry:
     if cell is None or not isfinite(cell.value):
-        return Entry("" if cell is None else "undefined")
+        return Entry("" if cell is None else _UNDEFINED)
     gap, change = cell.difference, ""
     if gap is not None and isfinite(gap.difference):
         ends = f" [{gap.low:+.1f}, {gap.high:+.1f}]" if isfinite(gap.low) else ""

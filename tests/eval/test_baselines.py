@@ -65,6 +65,17 @@ def test_offset_moves_the_threshold_and_needs_margins():
         baselines.derived(baselines.GREEDY, RECORDS)
 
 
+def test_the_offset_is_the_best_threshold_of_the_tuning_items():
+    items = [Item(f"{n}", f"{n}.jpg", "", {"label": "yes" if n > 17 else "no"}) for n in range(30)]
+    offset = baselines.offset_of(items, RECORDS)
+    made = baselines.derived(Arm("o", derive=("offset", offset)), RECORDS)
+    assert [r["text"] for r in made] == ["No"] * 18 + ["Yes"] * 12
+    with pytest.raises(UsageError, match="'3' has no yes-no margin"):
+        baselines.offset_of(items, [*RECORDS[:3], {"id": "3", "text": "Yes"}])
+    with pytest.raises(UsageError, match="no tuning item"):
+        baselines.offset_of(items, [])
+
+
 @pytest.mark.parametrize(
     ("recipe", "changed"),
     [

@@ -2,7 +2,7 @@ import json
 import zipfile
 
 import pytest
-from vlmfix.eval import bundle, collect, grid, suite
+from vlmfix.eval import bundle, collect, grid, pipeline, suite
 from vlmfix.eval.baselines import GREEDY, Arm
 from vlmfix.eval.benchmarks import load
 from vlmfix.eval.scenes import build
@@ -134,3 +134,21 @@ def test_other_files_are_no_bundles(tmp_path):
         file.writestr("manifest.json", '{"format": 99}')
     with pytest.raises(UsageError, match="format 99"):
         bundle.verify(tmp_path / "b.zip")
+
+
+def test_a_strength_is_swept_against_truncated_greedy(made, tmp_path):
+    class Swept(Model):
+        def answer(self, items, images, settings):
+            strong = "alpha=2" in self.arm.recipe
+            text = "A cup." if strong else "A cup on a table, a bus and a dog near a person, all of them small."
+            return [{"id": item.id, "text": text} for item in items]
+
+    options = {"truth": str(made[0].parent / "scenes")}
+    plan = grid.parse({"benchmarks": ["chair"], "benchmark": {"chair": options}})
+    found = pipeline.frontier(plan, "chair", "vcd", "vcd", "alpha", [1, 2], Swept, tmp_path, pictures=str)
+    assert [label for _, _, label in found.curve] == ["alpha=1", "alpha=2"]
+    assert [label for _, _, label in found.reference] == ["5 words", "10 words", "15 words", "uncut"]
+    assert found.curve[0][:2] == found.reference[-1][:2]  # alpha 1 changes nothing
+    assert found.matched["alpha=2"].limit == 2
+    assert found.matched["alpha=2"].differences["chair_i"].difference == 0  # shorter, not better
+    assert found.figure.read_text().startswith("<svg")
