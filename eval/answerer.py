@@ -45,6 +45,10 @@ class VlmAnswerer:
         peak = memory.peak()
         return [self._record(item, answer, peak) for item, answer in zip(items, answers, strict=True)]
 
+    def close(self) -> None:
+        """Restores the model."""
+        self.vlm.close()
+
     def describe(self) -> dict[str, Any]:
         """Fields of `Spec` that the model decides, its evidence grade and family."""
         from ..hf.processors import render
@@ -97,7 +101,7 @@ class Opener:
         self._plain: Any = None
 
     def __call__(self, arm: Arm) -> VlmAnswerer:
-        """The answerer of an arm; the one before it should be closed first.
+        """The answerer of an arm; close it before the next one.
 
         Raises:
             Refusal: for a recipe that cannot act on the model, or a placebo that nothing can make.

@@ -28,6 +28,8 @@ PLACEBOS: Mapping[str, str] = {
 }
 """Kind -> what is done instead of the method's own choice."""
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+NO_CONTRAST: Mapping[str, float] = {"alpha": 0, "forget_rate": 0, "gamma": 1}
+"""Strength of a contrastive method -> value that leaves only its plausibility mask."""
 _METHOD = re.compile(r"\s*([^()+]+?)\s*(?:\((.*)\))?\s*", re.S)
 
 
@@ -92,7 +94,7 @@ def controls(recipes: Sequence[str], contrastive: Mapping[str, str]) -> list[Arm
     for recipe in recipes:
         for method, strength in contrastive.items():
             if method in methods_of(recipe):
-                masked[with_value(recipe, method, strength, 0)] = None
+                masked[with_value(recipe, method, strength, NO_CONTRAST.get(strength, 0))] = None
     if not masked:
         return []
     sampled = [Arm(f"sampling + mask: {recipe}", "control", recipe, settings=SAMPLING) for recipe in masked]

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .. import registry
 from ..errors import UsageError, nearest
-from .baselines import GREEDY, PLACEBOS, Arm, controls, methods_of, placebos, split, trivial
+from .baselines import GREEDY, NO_CONTRAST, PLACEBOS, Arm, controls, methods_of, placebos, split, trivial
 
 CONTROLS = ("trivial", "placebo")
 
@@ -113,6 +114,13 @@ def parse(data: Mapping[str, Any]) -> Grid:
     return Grid(**values)
 
 
+def contrastive() -> dict[str, str]:
+    """Registered contrastive methods and the names of their strengths: decoding methods with a plausibility mask."""
+    found = {row.name: next(iter(row.defaults), "") for row in registry.ROWS if row.kind == "decoding"}
+    masked = {row.name for row in registry.ROWS if "beta" in row.defaults}
+    return {name: key for name, key in found.items() if name in masked and key in NO_CONTRAST}
+
+
 def arms(grid: Grid, captions: bool, contrastive: Mapping[str, str], offset: float | None = None) -> list[Arm]:
     """Every row of a grid's table, greedy first.
 
@@ -121,7 +129,7 @@ def arms(grid: Grid, captions: bool, contrastive: Mapping[str, str], offset: flo
     Args:
         grid: the grid.
         captions: whether the benchmark asks for descriptions; else for yes or no.
-        contrastive: contrastive method -> name of its strength.
+        contrastive: contrastive method -> name of its strength, see `contrastive`.
         offset: threshold on the yes-no margin from the tuning split, for the trivial baselines.
     """
     recipes = [text for text in dict.fromkeys(grid.methods) if methods_of(text) != ["greedy"]]

@@ -134,6 +134,7 @@ def run(
                 told = (lambda done, total, name=arm.name: progress(name, done, total)) if progress else None
                 outcome = evaluate(part, answerer, made.store, retry_errors=retry_errors, progress=told, **how)
             runs.append(replace(made, outcome=outcome))
+        getattr(answerer, "close", lambda: None)()
     return runs
 
 

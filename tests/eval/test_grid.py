@@ -131,6 +131,14 @@ def test_contrastive_rows_and_controls_appear_unasked():
     assert "vcd [placebo: heads]" not in names
 
 
+def test_registered_contrastive_methods_have_a_strength():
+    found = grid.contrastive()
+    assert found["vcd"] == "alpha"
+    assert found["m3id"] == "forget_rate"
+    assert "var" not in found
+    assert "greedy" not in found
+
+
 ARMS = [
     GREEDY,
     Arm("sampling", "control", settings={"do_sample": True}),
