@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ class LayerContext:
         layout: the prompt, branch rows included.
         heads: H of the layer.
         hidden: [B, Q, width] residual stream entering the layer, for methods that read it.
-        past: position of the first row of `hidden` (more than 0 in a chunked prefill).
+        past: position of the layer's first query (more than 0 in a chunked prefill, or where a decoder runs only the last
+            token through its upper layers).
         memory: the method's own notes on this layer; tensors with B rows follow beams.
         notes: the method's notes on the whole generation (see `AttentionMethod.watch`).
         facts: the model.
@@ -226,6 +227,58 @@ class AttentionMethod(Method):
         return False
 
 
+class Search(Protocol):
+    """The rules of a beam search that looks at the attention of its candidates and may go back.
+
+    B beams of one sample, N candidates for each, t tokens so far; `sums` of a token grow with every row behind it.
+    """
+
+    @property
+    def candidates(self) -> int:
+        """N, tried after every beam."""
+        ...
+
+    @property
+    def num_beams(self) -> int:
+        """B where the caller says nothing."""
+        ...
+
+    @property
+    def returns(self) -> int:
+        """How often the search may go back to one length."""
+        ...
+
+    @property
+    def history_follows_beams(self) -> bool:
+        """Whether places noted for a beam follow it when beams are reordered."""
+        ...
+
+    def extend(self, sums: Tensor, weights: Tensor) -> Tensor:
+        """Sums [..., t + 1] after one more row, from sums [..., t] and the row's weights [..., t + 1]."""
+        ...
+
+    def judge(self, sums: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """What is taken from candidates' logits [B, N], and the place [B, N] each leans on.
+
+        Args:
+            sums: [B, N, t + 1].
+            visual: [B, N] share of the candidate's attention that goes to pictures.
+        """
+        ...
+
+    def fill(self, logits: Tensor) -> Tensor:
+        """[B, V] what tokens that are no candidates count for, from raw logits [B, V]."""
+        ...
+
+    def back(self, history: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        """Lengths to go back to, the preferred one first; none to go on.
+
+        Args:
+            history: per step, the place each beam leans on.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class DecodingMethod(Method):
     """A method that rewrites the logits of each step, usually against branches."""
@@ -276,6 +329,13 @@ class DecodingMethod(Method):
     def attention(self) -> tuple[AttentionMethod, ...]:
         """Attention methods that belong to it, on its branches for instance."""
         return ()
+
+    def search(self) -> Search | None:
+        """The rules of a beam search of its own; None to rewrite logits within transformers' loops.
+
+        Its first attention method notes "rows": [B, Q, K] float32 attention of the queries of every step.
+        """
+        return None
 
     def scores(self, logits: Tensor, step: Step) -> Tensor:
         """Scores of the next token.
