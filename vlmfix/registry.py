@@ -299,6 +299,18 @@ ROWS: tuple[Row, ...] = (
         },
     ),
     Row(
+        "ritual",
+        "vlmfix.decoders.ritual:Ritual",
+        "decoding",
+        "RITUAL: Random Image Transformations as a Universal Anti-hallucination Lever in Large Vision Language Models",
+        "2405.17821",
+        "abstract-only",
+        "adds the logits of a branch that sees transformed pictures",
+        "one more row",
+        ALL,
+        {"alpha": 3.0, "beta": 0.1, "transform": "random", "transform_seed": 0},
+    ),
+    Row(
         "sgrs",
         "vlmfix.decoders.sgrs:SGRS",
         "decoding",

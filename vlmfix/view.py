@@ -26,6 +26,23 @@ class RowText:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """Where a picture stands.
+
+    Args:
+        row: of the batch.
+        index: within its row.
+        before: ids of the text before the row's first picture.
+        behind: ids of the text behind its last picture.
+    """
+
+    row: int
+    index: int
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class View:
     """Base of all views: the caller's prompt unchanged.
 
@@ -47,6 +64,15 @@ class View:
             pixels: [frames, channels, ...] one picture (all its tiles), or one picture's patches [patches, channels,
                 frames, area].
             picture: index of the picture within its row.
+        """
+        return pixels
+
+    def picture(self, pixels: Tensor, place: Picture) -> Tensor:
+        """One picture as a whole, changed; an alternative to `pixels` that families with tiles refuse.
+
+        Args:
+            pixels: [channels, height, width] normalised, put together from patches where the family cuts it up.
+            place: where it stands.
         """
         return pixels
 

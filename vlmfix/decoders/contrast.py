@@ -22,6 +22,12 @@ def contrast(logits: Tensor, branch: Tensor, weight: float) -> Tensor:
     return scores.masked_fill(logits <= floor, float("-inf"))
 
 
+def assemble(logits: Tensor, branch: Tensor, weight: float) -> Tensor:
+    """S = x + w y; tokens the model itself rules out stay ruled out."""
+    floor = torch.finfo(logits.dtype).min / 2
+    return (logits + weight * branch.clamp(min=floor)).masked_fill(logits <= floor, float("-inf"))
+
+
 def keep(scores: Tensor, allowed: Tensor) -> Tensor:
     """Scores with -inf outside the allowed set."""
     return scores.masked_fill(~allowed, float("-inf"))

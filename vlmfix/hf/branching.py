@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmfix.errors import Refusal
 from vlmfix.hf.families import FAMILIES, UNBRANCHED
-from vlmfix.hf.inputs import PER_ROW, Prompt, by_row, change_pixels, edit, gather
+from vlmfix.hf.inputs import PER_ROW, Prompt, by_row, change_pixels, changes_pixels, edit, gather
 from vlmfix.hf.parts import Parts
 from vlmfix.layout import Layout
 from vlmfix.view import View
@@ -64,7 +64,7 @@ def join(parts: Parts, prompt: Prompt, views: Sequence[View], visible: bool = Tr
         reason = FAMILIES[parts.family].branches.removeprefix("no: ")
         raise Refusal(f"{parts.family} cannot run branches: {reason}; use an attention method instead")
     for view in views:
-        if prompt.embeds is not None and type(view).pixels is not View.pixels:
+        if prompt.embeds is not None and changes_pixels(view):
             raise Refusal(
                 f"a prompt of inputs_embeds has no pixels that a branch ({type(view).__name__}) could change; pass "
                 "input_ids and everything else the processor returned"

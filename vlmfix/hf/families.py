@@ -39,6 +39,11 @@ class Family:
     min_transformers: str = "5.17"
     notes: str = ""
 
+    @property
+    def tiled(self) -> bool:
+        """Whether pictures are cut into tiles, of which each becomes a picture of its own."""
+        return "tiles" in self.tokens
+
 
 MROPE = "mm_token_type_ids"
 BEAMS = "beam search and num_return_sequences fail in transformers 5.23 itself (picture features are not repeated)"

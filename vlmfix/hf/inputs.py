@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmfix.errors import Refusal, UsageError
 from vlmfix.hf.families import FAMILIES
 from vlmfix.hf.parts import Parts
+from vlmfix.hf.whole import change_whole
 from vlmfix.layout import Layout, MaskKind
 from vlmfix.view import RowText, View
 
@@ -195,6 +196,12 @@ def change_pixels(parts: Parts, prompt: Prompt, view: View) -> dict[str, Any]:
     if not view.keeps_pictures():
         return {}
     pictures = dict(prompt.pictures)
+    if "mm_encoder_outputs" in pictures and changes_pixels(view):
+        raise Refusal(
+            "pictures were encoded before generate (mm_encoder_outputs); pass the processor's pixel_values instead"
+        )
+    if type(view).picture is not View.picture and bool(prompt.layout.visual.any()):
+        pictures["pixel_values"] = change_whole(parts, view, pictures, prompt.layout, prompt.text)
     if type(view).pixels is View.pixels:
         return pictures
     for key in ("pixel_values", "image_patches"):
@@ -206,11 +213,12 @@ def change_pixels(parts: Parts, prompt: Prompt, view: View) -> dict[str, Any]:
             pictures[key] = pixels
         elif _is_list_of_tensors(pixels):
             raise Refusal(f"{parts.family}: pictures come as a list of tensors, which views cannot change yet")
-    if "mm_encoder_outputs" in pictures:
-        raise Refusal(
-            "pictures were encoded before generate (mm_encoder_outputs); pass the processor's pixel_values instead"
-        )
     return pictures
+
+
+def changes_pixels(view: View) -> bool:
+    """Whether a view changes what pictures look like."""
+    return type(view).pixels is not View.pixels or type(view).picture is not View.picture
 
 
 def _per_tile(parts: Parts, view: View, piece: Tensor, index: int) -> Tensor:
