@@ -64,8 +64,8 @@ class LayerContext:
         layout: the prompt, branch rows included.
         heads: H of the layer.
         hidden: [B, Q, width] residual stream entering the layer, for methods that read it.
-        past: position of the layer's first query (more than 0 in a chunked prefill, or where a decoder runs only the last
-            token through its upper layers).
+        past: position of the layer's first query (more than 0 in a chunked prefill, or where a decoder runs only the
+            last token through its upper layers).
         memory: the method's own notes on this layer; tensors with B rows follow beams.
         notes: the method's notes on the whole generation (see `AttentionMethod.watch`).
         facts: the model.
@@ -93,6 +93,7 @@ class Glance:
         key: [B, Hkv, K, D].
         rows: recomputes attention rows: (queries [n] indices into Q, or [B, n]) -> probabilities [B, H, n, K] float32.
         k_pos: [K] sequence slots of the keys.
+        value: [B, Hkv, K, Dv].
     """
 
     context: LayerContext
@@ -100,6 +101,7 @@ class Glance:
     key: Tensor
     rows: Callable[[Tensor], Tensor]
     k_pos: Tensor
+    value: Tensor
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,18 @@ ROWS: tuple[Row, ...] = (
         },
     ),
     Row(
+        "vhr_local",
+        "vlmfix.decoders.vhr_local:VHRLocal",
+        "attention",
+        "Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence",
+        "2412.13949",
+        "derived",
+        "experimental: vhr with heads chosen by the picture's direct effect in each layer",
+        "one product per head",
+        ALL,
+        {"alpha": 2.0, "layers": (0.5625, 1.0), "second_layer": True, "outliers": True, "on": "visible"},
+    ),
+    Row(
         "vcd",
         "vlmfix.decoders.vcd:VCD",
         "decoding",

@@ -43,6 +43,7 @@ class PackedText:
             first.append(places[shared] if shared < len(places) else self.length)
             copies.append(source[shared:])
         self.count = max(len(row) for row in copies)
+        self.valid = prompt.layout.valid.long()
         device = prompt.layout.kinds.device
         self.first = torch.tensor(first, device=device)
         self.source = torch.tensor([[-1] * (self.count - len(row)) + row for row in copies], device=device)
@@ -62,7 +63,8 @@ class PackedText:
         entry: Tensor = kwargs[name]
         self._fit(entry.shape[0], entry.shape[1], branches)
         mask = kwargs.get("attention_mask")
-        mask = torch.ones(entry.shape[:2], dtype=torch.long, device=entry.device) if mask is None else mask
+        if not isinstance(mask, Tensor) or mask.dim() != 2:  # nothing is padded, or it is ready-made for a static cache
+            mask = self.valid.to(entry.device)
         positions = kwargs.get("position_ids")
         positions = (
             positions_of(self.parts, entry, {**kwargs, "attention_mask": mask}) if positions is None else positions
@@ -119,6 +121,7 @@ class PackedText:
             repeats = rows // len(self.source)
             self.source = self.source.repeat_interleave(repeats, 0)
             self.first = self.first.repeat_interleave(repeats, 0)
+            self.valid = self.valid.repeat_interleave(repeats, 0)
 
     def _positions(self, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Positions of the prompt and of the copies, which go on from the shared part on all axes alike."""
@@ -150,7 +153,8 @@ class TextRows:
 
     def pair(self, out: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """The last prompt token of every row, and that of its row without pictures: [B, Q, H, D] -> twice [B, H, D]."""
-        last = out[torch.arange(len(out), device=out.device), layout.last.to(out.device)]
+        skipped = layout.length - out.shape[1]  # some decoders run only the last token through their upper layers
+        last = out[torch.arange(len(out), device=out.device), layout.last.to(out.device) - skipped]
         partner = self.partner.to(out.device)
         without = torch.where(partner < self.visible, partner + self.rows - self.visible, partner)
         return last[partner], last[without]

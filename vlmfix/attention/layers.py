@@ -113,14 +113,14 @@ class Layers:
         if layer in self.compiled.watched_layers:
             self._watch(layer, look)
         if layer not in self._plans or layer in self._hidden:
-            self._build(layer, look.query.shape[1])
+            self._build(layer, look.query)
         return self._plans[layer], self._first[layer]
 
     def _watch(self, layer: int, look: Look) -> None:
         for i, method in enumerate(self.compiled.attention):
             if i in self._acting and layer in method.watches(self.compiled.facts.depth):
-                context = self._context(i, layer, look.query.shape[1], None)
-                glance = Glance(context, look.query, look.key, look.rows, look.k_pos)
+                context = self._context(i, layer, look.query, None)
+                glance = Glance(context, look.query, look.key, look.rows, look.k_pos, look.value)
                 if method.watch(glance, self.notes.setdefault(i, {})):
                     self._plans.clear()
 
@@ -134,7 +134,8 @@ class Layers:
                     self._scales[i, layer] = plan.head_rule(*self.counterfactual.pair(out, self.layout))
                 scale = self._scales[i, layer]
             assert scale is not None
-            active = (self.q_pos[None] >= plan.active_from[:, None])[:, :, None, None]
+            slots = self.q_pos[len(self.q_pos) - out.shape[1] :]
+            active = (slots[None] >= plan.active_from[:, None])[:, :, None, None]
             out = torch.where(active, out * scale[:, None, :, None].to(out.dtype), out)
         return out
 
@@ -155,13 +156,13 @@ class Layers:
                 out[i] = acting
         return out
 
-    def _build(self, layer: int, heads: int) -> None:
+    def _build(self, layer: int, query: Tensor) -> None:
         plans: list[tuple[int, Plan]] = []
         for i, method in enumerate(self.compiled.attention):
             if i not in self._acting or layer not in self.compiled.layers[i]:
                 continue
             hidden = self._hidden.get(layer) if method.reads_hidden else None
-            plan = method.plan(self._context(i, layer, heads, hidden))
+            plan = method.plan(self._context(i, layer, query, hidden))
             if plan is None:
                 continue
             acting = self._acting[i]
@@ -177,11 +178,12 @@ class Layers:
         else:  # every row of a decoding step lies past the prompt; asking the device would wait for it
             self._first[layer] = 0 if starts else NEVER
 
-    def _context(self, index: int, layer: int, heads: int, hidden: Tensor | None) -> LayerContext:
+    def _context(self, index: int, layer: int, query: Tensor, hidden: Tensor | None) -> LayerContext:
+        past = self.past + len(self.q_pos) - query.shape[2]
         memory = self._memory.setdefault((index, layer), {})
         notes = self.notes.setdefault(index, {})
         facts = self.compiled.facts
-        return LayerContext(layer, self.layout, heads, hidden, self.past, memory, notes, facts, self.seen)
+        return LayerContext(layer, self.layout, query.shape[1], hidden, past, memory, notes, facts, self.seen)
 
 
 def _rowwise(value: Any, change: Any) -> Any:

@@ -162,7 +162,7 @@ class Request:
 
     def _drop_text(self, run: BranchRun, cache: Any) -> None:
         """Lets the rows without pictures go, once the prefill is in the cache."""
-        if cache is None:
+        if not isinstance(cache, BranchRows):  # nothing is kept, or nothing that the next forward could find
             return
         kept = run.drop()
         cache.keep(kept)

@@ -26,13 +26,13 @@ def last_prompt_row(glance: Glance, method: str) -> Tensor:
         Refusal: the prompt came in chunks, so that layers were already passed when its last token arrived.
     """
     context = glance.context
-    last = context.layout.last
-    if context.past or glance.query.shape[2] <= int(last.max()):
+    at = context.layout.last - context.past
+    if int(at.min()) < 0 or int(at.max()) >= glance.query.shape[2]:
         raise Refusal(
             f"{method} looks at the whole prompt before its first change; leave prefill_chunk_size unset, or start "
             "from an empty cache"
         )
-    return glance.rows(last[:, None])[:, :, 0]
+    return glance.rows(at[:, None])[:, :, 0]
 
 
 def visual_mass(glance: Glance, row: Tensor) -> Tensor:

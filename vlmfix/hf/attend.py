@@ -141,11 +141,13 @@ def _attend(
     causal = kw.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     how: dict[str, Any] = {"softcap": kw.get("softcap"), "sinks": kw.get("s_aux"), "causal": causal}
-    look = Look(query, key, value, mask, scale, request.q_pos, how)
-    plans, first = request.visit(layer, look)
     queries, tail = query.shape[2], request.tail
-    end = queries if tail is None else min(tail.start - request.past, queries)
-    start = min(max(first - request.past, 0), end) if plans else end
+    skipped = len(request.q_pos) - queries  # some decoders run only the last token through their upper layers
+    past, slots = request.past + skipped, request.q_pos[skipped:]
+    look = Look(query, key, value, mask, scale, slots, how)
+    plans, first = request.visit(layer, look)
+    end = queries if tail is None else min(tail.start - past, queries)
+    start = min(max(first - past, 0), end) if plans else end
     if start == queries:
         out, weights = original(module, query, key, value, mask, **kw)
         return request.finish(layer, out), weights
@@ -157,8 +159,7 @@ def _attend(
         blocks += [(a, min(a + CHUNK, queries), tail.plans) for a in range(end, queries, CHUNK)]
     for a, b, wanted in blocks:
         part = None if mask is None else mask[:, :, a:b, : key.shape[2]]
-        q_pos = request.q_pos[a:b]
-        out = grouped_attention(query[:, :, a:b], key, value, wanted, part, scale, q_pos, look.k_pos, **how)
+        out = grouped_attention(query[:, :, a:b], key, value, wanted, part, scale, slots[a:b], look.k_pos, **how)
         parts.append(out.transpose(1, 2))
     out = torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()
     return request.finish(layer, out), None

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfix.decoders import vhr
+from vlmfix.decoders import vhr, vhr_local
+from vlmfix.decoders.groups import last_prompt_row
 from vlmfix.decoders.vhr import VHR, Reinforce
+from vlmfix.decoders.vhr_local import VHRLocal
+from vlmfix.method import Glance
 
 from .. import mutants
 from ..attending import spanned
@@ -56,6 +59,28 @@ def _model(case: dict[str, Any], arrays: dict[str, Tensor]) -> None:
         tokens = torch.stack(run.steps).argmax(-1)[:, 0]
         same(tokens, arrays[f"io.{prefix}_tokens"], f"{prefix} tokens")
         close(torch.cat(run.steps), arrays[f"io.{prefix}_logits"], LOGITS, f"{prefix} logits")
+    seen: dict[int, tuple[Tensor, ...]] = {}
+    with_attention_method(tiny, _Observer(layers=(0.0, 1.0)).into(seen), embeds, layout, 1)
+    divergence, _, mass = (torch.cat([seen[layer][i] for layer in sorted(seen)]) for i in range(3))
+    close(divergence, arrays["io.expected_local_vhd"], 1e-5, "local divergence")
+    close(mass, arrays["io.expected_visual_mass"], ATTENTION, "visual mass")
+
+
+class _Observer(VHRLocal):
+    """Notes the local divergence of every layer and leaves all heads as they are."""
+
+    def into(self, seen: dict[int, tuple[Tensor, ...]]) -> VHRLocal:
+        object.__setattr__(self, "_seen", seen)
+        return self
+
+    def resolve(self, facts: Any) -> Any:
+        return self
+
+    def watch(self, glance: Glance, notes: dict[str, Tensor]) -> bool:
+        found = vhr_local.local_divergence(glance, last_prompt_row(glance, "this test"))
+        self._seen.setdefault(glance.context.layer, found)  # type: ignore[attr-defined]
+        glance.context.memory["scale"] = torch.ones_like(found[0])
+        return False
 
 
 def _swapped(original: Any) -> Any:
