@@ -21,6 +21,7 @@ from vlmfix.errors import Refusal, UsageError
 from vlmfix.hf import encoding, hooks, loading, settings
 from vlmfix.hf.batches import Batcher
 from vlmfix.hf.cache import only_full_attention
+from vlmfix.hf.evidence import FirstToken
 from vlmfix.hf.families import CROSSING, FAMILIES, UNBRANCHED
 from vlmfix.hf.inputs import mask_kind
 from vlmfix.hf.parts import Parts
@@ -40,7 +41,8 @@ class Answer:
         tokens: generated tokens, the end token included.
         seconds: time of its batch divided by the batch's size.
         report: what acted where; see `FixedVLM.report`.
-        evidence: measures of this answer by name.
+        evidence: measures of this answer by name: visual_tokens, prefill_seconds (its share of the batch's), and margin,
+            by how much the first token's scores prefer yes to no.
     """
 
     text: str
@@ -112,13 +114,12 @@ class FixedVLM:
                 raise UsageError(f"ids= names {len(names)} samples, the batch has {rows}")
             width = 0 if self.parts.embeds or entry is None else entry.shape[1]
             kwargs, draw = settings.seeded(kwargs, seed, names, width)
-        with encoding.once(self.model, self._encoded):
+        generate = _own(self.model)
+        with encoding.once(self.model, self._encoded), _outside():
             if self.compiled.plain:
-                result, request = self.model.generate(**{k: v for k, v in kwargs.items() if k != "visual_mask"}), None
+                result, request = generate(**{k: v for k, v in kwargs.items() if k != "visual_mask"}), None
             else:
-                result, request = run.generate(
-                    self.parts, self.compiled, self.model.generate, kwargs, self._batcher.global_tile
-                )
+                result, request = run.generate(self.parts, self.compiled, generate, kwargs, self._batcher.global_tile)
         if draw is not None and draw.scores is not None:
             result.scores = tuple(draw.scores)
         self.report = report_of(self.recipe, self.parts, self.compiled, request, overridden)
@@ -130,6 +131,7 @@ class FixedVLM:
         prompts: Any,
         *,
         max_new_tokens: int = 256,
+        system: str | None = None,
         seed: int | None = None,
         ids: Sequence[str] | None = None,
         details: bool = False,
@@ -141,6 +143,7 @@ class FixedVLM:
             images: a picture (PIL image or path), None, or a list of these; an entry may be a list of several pictures.
             prompts: a question or a list of questions; one question for many pictures and the reverse are repeated.
             max_new_tokens: limit of each answer.
+            system: system prompt, where the model's template has a place for one.
             seed: of sampling, see `generate`.
             ids: names of the items, for sampling.
             details: return `Answer` instead of text.
@@ -159,15 +162,18 @@ class FixedVLM:
         if len(names) != len(questions):
             raise UsageError(f"ids= names {len(names)} items, {len(questions)} were given")
         out: list[Answer | None] = [None] * len(questions)
-        for batch in self._batcher.batches(pictures, questions):
+        for batch in self._batcher.batches(pictures, questions, system):
             started = time.perf_counter()
             inputs = batch.inputs
             chosen = [names[i] for i in batch.items]
-            tokens = self.generate(**inputs, max_new_tokens=max_new_tokens, seed=seed, ids=chosen, **generation)
+            first = FirstToken(*self._batcher.yes_and_no, len(chosen))
+            options = {**first.listening(generation), "max_new_tokens": max_new_tokens}
+            tokens = self.generate(**inputs, seed=seed, ids=chosen, **options)
             texts = self._batcher.decode(tokens, inputs)
             seconds = (time.perf_counter() - started) / len(batch.items)
             for row, (i, (text, count)) in enumerate(zip(batch.items, texts, strict=True)):
-                out[i] = Answer(text, count, seconds, self.report, {"visual_tokens": self._tokens_of(row, inputs)})
+                evidence = {"visual_tokens": self._tokens_of(row, inputs), **first.of(row)}
+                out[i] = Answer(text, count, seconds, self.report, evidence)
         answers = [a for a in out if a is not None]
         final: list[Any] = list(answers) if details else [a.text for a in answers]
         return final[0] if single else final
@@ -284,7 +290,7 @@ def compile_for(parts: Parts, recipe: Recipe, processor: Any = None) -> Compiled
         tokenize=None
         if tokenizer is None
         else lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
-        behind_picture=None if processor is None else Batcher(parts, processor).behind_picture,
+        rendering=None if processor is None else Batcher(parts, processor),
     )
     return recipe.compile(facts, preset(getattr(parts.model.config, "_name_or_path", "") or ""))
 
@@ -389,7 +395,7 @@ class _Generate:
 
     def __call__(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         model: Any = self._model()
-        plain = type(model).generate.__get__(model)
+        plain = _own(model)
         if inputs is not None:
             kwargs["input_ids"] = inputs
         if generation_config is not None:
@@ -404,8 +410,24 @@ class _Generate:
             return plain(**kwargs)
         current = applications[-1]
         if current.compiled.plain:
-            return plain(**kwargs)
+            return plain(**{k: v for k, v in kwargs.items() if k != "visual_mask"})
         return run.generate(current.parts, current.compiled, plain, kwargs, current.global_tile)[0]
+
+
+@contextlib.contextmanager
+def _outside() -> Iterator[None]:
+    """Within the block no applied recipe counts."""
+    token = _APPLIED.set(())
+    try:
+        yield
+    finally:
+        _APPLIED.reset(token)
+
+
+def _own(model: Any) -> Any:
+    """The model's generate without the recipes of its context."""
+    found = model.generate
+    return type(model).generate.__get__(model) if isinstance(found, _Generate) else found
 
 
 def _paired(images: Any, prompts: Any) -> tuple[list[Any], list[str]]:

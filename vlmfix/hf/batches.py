@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vlmfix import pictures as reading
 from vlmfix.errors import UsageError
+from vlmfix.hf.evidence import yes_and_no
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.processors import render, tokenizer_of
 
@@ -44,19 +46,26 @@ class Batcher:
         self.processor = processor
         self.global_tile = self._global_tile()
 
-    def batches(self, pictures: Sequence[Any], questions: Sequence[str]) -> Iterator[Batch]:
+    @cached_property
+    def yes_and_no(self) -> tuple[list[int], list[int]]:
+        """Token ids that begin a yes and a no."""
+        return yes_and_no(tokenizer_of(self.processor))
+
+    def batches(self, pictures: Sequence[Any], questions: Sequence[str], system: str | None = None) -> Iterator[Batch]:
         """One batch per number of pictures a row has."""
         rows = [_opened(entry) for entry in pictures]
         for count in sorted({len(row) for row in rows}):
             items = [i for i, row in enumerate(rows) if len(row) == count]
-            yield Batch(items, self.inputs([rows[i] for i in items], [questions[i] for i in items]))
+            yield Batch(items, self.inputs([rows[i] for i in items], [questions[i] for i in items], system))
 
-    def inputs(self, rows: Sequence[Sequence[Any]], questions: Sequence[str]) -> dict[str, Any]:
+    def inputs(
+        self, rows: Sequence[Sequence[Any]], questions: Sequence[str], system: str | None = None
+    ) -> dict[str, Any]:
         """Runs the processor on rows with equal numbers of pictures."""
         if self.processor is None:
             raise UsageError("answer needs the processor; give it to wrap(model, processor, ...)")
         count = len(rows[0])
-        texts = [render(self.processor, question, count) for question in questions]
+        texts = [render(self.processor, question, count, system) for question in questions]
         tokenizer = tokenizer_of(self.processor)
         tokenizer.padding_side = "left"
         kwargs: dict[str, Any] = {"images": [list(row) for row in rows]} if count else {}
@@ -75,6 +84,22 @@ class Batcher:
         ids: list[int] = self.inputs([[Image.new("RGB", (64, 64))]], [question])["input_ids"][0].tolist()
         visual = [i for i, token in enumerate(ids) if token in self.parts.image_ids]
         return ids[visual[-1] + 1 :] if visual else ids
+
+    def question(self, ids: Sequence[int]) -> str:
+        """The question within the token ids behind the last picture: what the chat template puts around it is cut off."""
+        one, other = self.behind_picture("Where is it?"), self.behind_picture("7 of them")
+        ids = list(ids)
+        lead, tail = _common(one, other), _common(one[::-1], other[::-1])
+        ids = ids[lead:] if ids[:lead] == one[:lead] else ids
+        ids = ids[: len(ids) - tail] if tail and ids[-tail:] == one[-tail:] else ids
+        return str(tokenizer_of(self.processor).decode(ids, skip_special_tokens=True)).strip()
+
+    def colours(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation per channel that pixels in [0, 1] are normalised with."""
+        images: Any = getattr(self.processor, "image_processor", self.processor)
+        if not getattr(images, "do_normalize", True):
+            return (0.0,) * 3, (1.0,) * 3
+        return tuple(images.image_mean), tuple(images.image_std)
 
     def decode(self, result: Any, inputs: dict[str, Any]) -> list[tuple[str, int]]:
         """Texts and numbers of generated tokens, the end token included."""
@@ -99,6 +124,12 @@ class Batcher:
             return None
         vocabulary = tokenizer.get_vocab()
         return next((vocabulary[token] for token in GLOBAL_TILE if token in vocabulary), None)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _opened(entry: Any) -> list[Any]:
