@@ -66,31 +66,34 @@ def generate(
     Returns:
         generate's result and the request, for the run report.
     """
+    kwargs, config = settings.spelled_out(kwargs), parts.model.generation_config
     more_rows = compiled.without_pictures is not None and not compiled.packed
-    settings.refuse(kwargs, branches=compiled.late or bool(compiled.views) or more_rows)
-    if compiled.decoding is not None and not compiled.decoding.beams and (kwargs.get("num_beams") or 1) > 1:
+    branches = compiled.late or bool(compiled.views) or more_rows
+    settings.refuse(kwargs, branches, config, compiled.late, bool(compiled.saliency_layers))
+    beams = settings.effective("num_beams", kwargs, config) or 1
+    if compiled.decoding is not None and not compiled.decoding.beams and beams > 1:
         raise Refusal("this method decides token by token and does not go with num_beams > 1; leave num_beams out")
     request, prompt = open_request(parts, compiled, kwargs, global_tile)
     kwargs = {k: v for k, v in kwargs.items() if k != "visual_mask"}
-    if request.copies > 1:
-        kwargs = _hidden_branches(request, prompt, kwargs)
-    elif request.extra_length and kwargs.get("cache_implementation") == "static":
-        kwargs = _own_cache(request, prompt, kwargs)
+    room = request.extra_length and settings.effective("cache_implementation", kwargs, config) == "static"
+    if request.copies > 1 and not request.parts.embeds:
+        kwargs = _without_pictures_of(prompt, kwargs)
+    if (request.copies > 1 or room) and settings.effective("use_cache", kwargs, config) is not False:
+        kwargs = _own_cache(request, prompt, kwargs, config)
     with serving(request):
         return call(**kwargs), request
 
 
-def _hidden_branches(request: Request, prompt: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _without_pictures_of(prompt: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keeps pictures away from generate, which would encode and repeat them: the joint prefill brings them itself."""
-    if not request.parts.embeds:
-        dropped = {*prompt.pictures, *TOKEN_KEYS} - {"attention_mask"}
-        kwargs = {k: v for k, v in kwargs.items() if k not in dropped}
-    return kwargs if kwargs.get("use_cache") is False else _own_cache(request, prompt, kwargs)
+    dropped = {*prompt.pictures, *TOKEN_KEYS} - {"attention_mask"}
+    return {k: v for k, v in kwargs.items() if k not in dropped}
 
 
-def _own_cache(request: Request, prompt: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A cache with room for what the request adds to the prompt."""
-    static = kwargs.pop("cache_implementation", None) == "static"
-    new = kwargs.get("max_new_tokens") or (kwargs.get("max_length") or 20 + prompt.layout.length) - prompt.layout.length
-    length = prompt.layout.length + new + request.extra_length if static else None
-    return {**kwargs, "past_key_values": request.cache(length)}
+def _own_cache(request: Request, prompt: Prompt, kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A cache for all rows of the request, with room for what it adds to the prompt."""
+    static = settings.effective("cache_implementation", kwargs, config) == "static"
+    new = settings.effective("max_new_tokens", kwargs, config) or 20
+    total = settings.effective("max_length", kwargs, config) or 0
+    length = max(total, prompt.layout.length + new) + request.extra_length if static else None
+    return {**kwargs, "cache_implementation": None, "past_key_values": request.cache(length)}

@@ -194,6 +194,8 @@ def _before(parts: Parts) -> Any:
             request = OPEN[0](parts, kwargs)
             if request is not None:
                 _OPENED.set((*_OPENED.get(), (parts, REQUEST.set(request))))
+        elif _opened(parts):  # a forward within the one that opened the request
+            _OPENED.set((*_OPENED.get(), (parts, None)))
         if request is None:
             return None
         return args, request.before(kwargs)
@@ -202,6 +204,12 @@ def _before(parts: Parts) -> Any:
 
 
 _OPENED: ContextVar[tuple[tuple[Parts, Any], ...]] = ContextVar("vlmfix_opened", default=())
+"""Running forwards under a request that a forward opened: the model, and the token that ends the request."""
+
+
+def _opened(parts: Parts) -> bool:
+    stack = _OPENED.get()
+    return bool(stack) and stack[-1][0] is parts
 
 
 def _after(parts: Parts) -> Any:
@@ -209,13 +217,19 @@ def _after(parts: Parts) -> Any:
         request = _current(parts)
         if request is None:
             return output
-        opened = _OPENED.get()
         try:
-            return output if output is None else request.after(output)
+            if output is None:
+                return output
+            output = request.after(output)
+            if _opened(parts) and output.get("past_key_values") is not None:
+                output["past_key_values"].state = request
+            return output
         finally:
-            if opened and opened[-1][0] is parts:
-                _OPENED.set(opened[:-1])
-                REQUEST.reset(opened[-1][1])
+            if _opened(parts):
+                *rest, (_, token) = _OPENED.get()
+                _OPENED.set(tuple(rest))
+                if token is not None:
+                    REQUEST.reset(token)
 
     return hook
 
