@@ -9,8 +9,9 @@ import torch
 
 from tests.kernels.plans import PLANS, make
 from tests.kernels.tools import DTYPES, Place, launching, within_budget
-from vlmfix.kernels.dispatch import has_triton
+from vlmfix.kernels.dispatch import has_triton, reference_only
 from vlmfix.kernels.grouped_attention import pack, reference
+from vlmfix.kernels.grouped_attention.parts import group_outputs
 from vlmfix.plan import Plan
 
 if has_triton():
@@ -241,6 +242,23 @@ def test_long_caches(place, monkeypatch):
     for keys in (4096, 65536):
         q, k, v = tensors(place, 1, 8, 2, 1, keys, 128, torch.bfloat16)
         compare(place, make("rule", place, 1, 8, keys), q, k, v, "split", monkeypatch, consecutive=True)
+
+
+@pytest.mark.parametrize("name", ["rule", "slopes", "rolling"])
+def test_group_outputs(place, name):
+    """Each group's output, and together attention's."""
+    q, k, v = tensors(place, 1, 4, 2, 2, 31, 16)
+    plan = make(name, place, 1, 4, 31)[0]
+    arguments = (None, 0.25, place.arange(29, 31), place.arange(31))
+    with reference_only():
+        masses, outputs = group_outputs(q, k, v, plan, *arguments)
+        whole = reference.grouped_attention(q, k, v, [dataclasses.replace(plan, rule=None)], *arguments)
+    torch.testing.assert_close(outputs.sum(3), whole, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(masses.sum(3), torch.ones_like(masses[..., 0]), atol=1e-6, rtol=1e-5)
+    with launching("grouped_split", "grouped_masses", "grouped_merge"):
+        got = group_outputs(q, k, v, plan, *arguments)
+    torch.testing.assert_close(got[0], masses, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got[1], outputs, atol=2e-6, rtol=1e-5)
 
 
 def test_refusals():

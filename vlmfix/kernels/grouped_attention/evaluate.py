@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfix.kernels.dispatch import rows_contiguous
 from vlmfix.kernels.grouped_attention import pack as packing
 from vlmfix.kernels.grouped_attention.pack import Digit, Packed
 from vlmfix.kernels.grouped_attention.triton import grouped_split
@@ -63,7 +64,8 @@ def evaluate(
     """
     packed = packing.packed_once(plans, q.shape[1]) if packed is None else packed
     low, high = spans if spans is not None else (None, None)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    mask = None if mask is None else rows_contiguous(mask)
     heads, queries, kinds = q.shape[1], q.shape[2], packed.kinds
     tables: tuple[Any, ...] = (
         packed.groups if packed.n_groups > 1 else None, packed.active, packed.tables, packed.key_slope,
