@@ -77,9 +77,10 @@ class _Observer(VHRLocal):
         return self
 
     def watch(self, glance: Glance, notes: dict[str, Tensor]) -> bool:
-        found = vhr_local.local_divergence(glance, last_prompt_row(glance, "this test"))
-        self._seen.setdefault(glance.context.layer, found)  # type: ignore[attr-defined]
-        glance.context.memory["scale"] = torch.ones_like(found[0])
+        if "scale" not in glance.context.memory:
+            found = vhr_local.local_divergence(glance, last_prompt_row(glance, "this test"))
+            self._seen[glance.context.layer] = found  # type: ignore[attr-defined]
+            glance.context.memory["scale"] = torch.ones_like(found[0])
         return False
 
 
