@@ -19,6 +19,22 @@ LayerSpec = tuple[float, ...]
 """Two fractions of depth (from, to), or exact layer indices as integers."""
 
 
+class Rendering(Protocol):
+    """How a processor renders questions and pictures."""
+
+    def behind_picture(self, question: str) -> list[int]:
+        """Token ids from the last picture to the answer, the chat template's included."""
+        ...
+
+    def question(self, ids: Sequence[int]) -> str:
+        """The question within the token ids behind the last picture."""
+        ...
+
+    def colours(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation per channel that pixels in [0, 1] are normalised with."""
+        ...
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What a method may know about a model when a recipe is compiled.
@@ -33,8 +49,7 @@ class ModelFacts:
         crossing: whether pictures are read through cross-attention, so that they are not among the text's keys.
         sink_dims: finds the massive-activation dimensions of the residual stream, on demand.
         tokenize: text -> token ids without special tokens; absent without a processor.
-        behind_picture: question -> token ids from the last picture to the answer, the chat template's included; absent
-            without a processor.
+        rendering: how the processor renders questions and pictures; absent without one.
         class_attention: whether the attention of the vision tower's class token can be read off.
         packable: whether text behind a picture can run without it in the same row, all layers being causal and full.
         unbranched: why no further rows can ride in a forward; empty where they can.
@@ -49,7 +64,7 @@ class ModelFacts:
     crossing: bool = False
     sink_dims: Any = field(default=None, repr=False, compare=False)
     tokenize: Callable[[str], list[int]] | None = field(default=None, repr=False, compare=False)
-    behind_picture: Callable[[str], list[int]] | None = field(default=None, repr=False, compare=False)
+    rendering: Rendering | None = field(default=None, repr=False, compare=False)
     class_attention: bool = False
     packable: bool = True
     unbranched: str = ""
@@ -178,6 +193,8 @@ class AttentionMethod(Method):
     reads_hidden: ClassVar[bool] = False
     needs_picture: ClassVar[bool] = True
     scales_scores: ClassVar[bool] = False
+    by_distance: ClassVar[bool] = False
+    """Whether it acts on keys by their distance from the query."""
     vision_layers: ClassVar[tuple[int, ...]] = ()
     """Layers of the vision tower (negative from the end) whose class-token attention it reads."""
 
@@ -259,8 +276,8 @@ class Search(Protocol):
         """Sums [..., t + 1] after one more row, from sums [..., t] and the row's weights [..., t + 1]."""
         ...
 
-    def judge(self, sums: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """What is taken from candidates' logits [B, N], and the place [B, N] each leans on.
+    def judge(self, sums: Tensor, visual: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """What is taken from candidates' logits [B, N], and the place each beam leans on.
 
         Args:
             sums: [B, N, t + 1].
@@ -296,14 +313,14 @@ class DecodingMethod(Method):
         return ()
 
     def late(self) -> bool:
-        """Whether its one branch is the visible prompt with some embeddings wiped, known only after the prefill."""
+        """Whether its one branch is the visible prompt with other pictures or wiped embeddings, after its prefill."""
         return False
 
     def probes(self) -> tuple[View, ...]:
         """Views whose rows run beside the visible rows' prefill and are dropped after it; for late methods."""
         return ()
 
-    def wiped(self, notes: dict[str, Tensor], layout: Layout, visible: int) -> Tensor:
+    def wiped(self, notes: dict[str, Tensor], layout: Layout, visible: int) -> Tensor | None:
         """Positions whose embeddings a late branch sees as `blank` everywhere.
 
         Args:
@@ -312,9 +329,13 @@ class DecodingMethod(Method):
             visible: number of visible rows.
 
         Returns:
-            [visible, K] bool.
+            [visible, K] bool, or None for none.
         """
-        raise NotImplementedError
+        return None
+
+    def redrawn(self, notes: dict[str, Tensor], layout: Layout, visible: int) -> View:
+        """How a late branch sees the pictures; arguments as in `wiped`. Its text must stay as it is."""
+        return View()
 
     def blank(self) -> float:
         """What every entry of a wiped embedding becomes."""

@@ -323,6 +323,18 @@ ROWS: tuple[Row, ...] = (
         {"alpha": 3.0, "beta": 0.1, "transform": "random", "transform_seed": 0},
     ),
     Row(
+        "agla",
+        "vlmfix.decoders.agla:AGLA",
+        "decoding",
+        "Mitigating Object Hallucinations in Large Vision-Language Models with Assembly of Global and Local Attention",
+        "2406.12718",
+        "ref-run",
+        "adds the logits of a branch whose pictures are black where they do not match the question",
+        "one more row; a matching model or the prefill's attention once per picture",
+        ALL,
+        {"alpha": 2.0, "beta": 0.5, "source": "own", "share": None, "normalise": False, "colours": None},
+    ),
+    Row(
         "sgrs",
         "vlmfix.decoders.sgrs:SGRS",
         "decoding",

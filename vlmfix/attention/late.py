@@ -14,7 +14,7 @@ from vlmfix.attention.layers import Layers
 from vlmfix.errors import Refusal
 from vlmfix.hf.branching import Joint, join
 from vlmfix.hf.cache import merge
-from vlmfix.hf.inputs import Prompt
+from vlmfix.hf.inputs import Prompt, changes_pixels
 from vlmfix.hf.parts import Parts
 from vlmfix.layout import Layout
 from vlmfix.view import View
@@ -31,19 +31,21 @@ class LatePrompt:
     """The two parts of the prefill.
 
     First run the visible rows and probe rows, which only lend their attention; then, knowing that, the branch rows with
-    some embeddings wiped; then both caches become one and the probe rows are dropped.
+    other pictures or some embeddings wiped; then both caches become one and the probe rows are dropped.
 
     Args:
         first: visible and probe rows.
         branch: branch rows alone.
         joint: what later forwards see: visible and branch rows.
-        family: transformers' model_type.
+        parts: the model.
+        prompt: the caller's.
     """
 
     first: Joint
     branch: Joint
     joint: Joint
-    family: str
+    parts: Parts
+    prompt: Prompt
     running: bool = False
     _wiped: Tensor | None = field(default=None, repr=False)
     _blank: float = 0.0
@@ -62,7 +64,7 @@ class LatePrompt:
         layout = Layout.stack([_rows(first.layout, rows), branch.layout])
         positions = torch.cat([first.positions[..., :rows, :], branch.positions], -2)
         mask = torch.cat([first.mask[:rows], branch.mask])
-        return LatePrompt(first, branch, Joint({}, mask, positions, layout, rows, 2), parts.family)
+        return LatePrompt(first, branch, Joint({}, mask, positions, layout, rows, 2), parts, prompt)
 
     def before(self, kwargs: dict[str, Any], run: BranchRun) -> dict[str, Any]:
         """Keywords of the first part.
@@ -85,6 +87,9 @@ class LatePrompt:
         cache, rows = output.past_key_values, torch.arange(self.joint.visible, device=output.logits.device)
         own = {name: t for i in request.compiled.own for name, t in upper.notes.get(i, {}).items()}
         self._wiped, self._blank = method.wiped(own, upper.layout, self.joint.visible), method.blank()
+        view = method.redrawn(own, upper.layout, self.joint.visible)
+        if changes_pixels(view):
+            self.branch = join(self.parts, self.prompt, [view], visible=False, length=self.first.length)
         upper.take(rows)
         request.layers = Layers(request.compiled, self.branch.layout, torch.zeros_like(upper.visible))
         self.running = True
@@ -108,8 +113,8 @@ class LatePrompt:
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             raise Refusal(
-                f"{self.family} hands its decoder token ids and pictures, so a branch's visual tokens cannot be wiped; "
-                "use a method whose branch starts with the prompt (vcd, m3id, icd)"
+                f"{self.parts.family} hands its decoder token ids and pictures, so a branch's visual tokens cannot be "
+                "wiped; use a method whose branch starts with the prompt (vcd, m3id, icd)"
             )
         wiped = self._wiped[:, : embeds.shape[1]].to(embeds.device)
         out = {**kwargs, "inputs_embeds": embeds.masked_fill(wiped[..., None], self._blank)}

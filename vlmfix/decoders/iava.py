@@ -61,11 +61,11 @@ class IAVA(DecodingMethod):
         check_range(self, "lamb", -100, 100)
         if self.instruction_ids is not None or self.alpha == 0:
             return self
-        if facts.behind_picture is None:
+        if facts.rendering is None:
             raise Refusal("iava needs the processor for its instruction; give the processor, or instruction_ids")
         if not self.instruction.strip():
             raise UsageError("iava(instruction=''): give a text")
-        return replace(self, instruction_ids=tuple(facts.behind_picture(self.instruction)))
+        return replace(self, instruction_ids=tuple(facts.rendering.behind_picture(self.instruction)))
 
     def late(self) -> bool:
         """The branch waits for the attention of both prompts."""

@@ -86,7 +86,7 @@ class Batcher:
         return ids[visual[-1] + 1 :] if visual else ids
 
     def question(self, ids: Sequence[int]) -> str:
-        """The question within the token ids behind the last picture: what the chat template puts around it is cut off."""
+        """The question within the token ids behind the last picture, without what the chat template puts around it."""
         one, other = self.behind_picture("Where is it?"), self.behind_picture("7 of them")
         ids = list(ids)
         lead, tail = _common(one, other), _common(one[::-1], other[::-1])

@@ -44,6 +44,11 @@ class Family:
         """Whether pictures are cut into tiles, of which each becomes a picture of its own."""
         return "tiles" in self.tokens
 
+    @property
+    def spatial(self) -> bool:
+        """Whether a visual token stands for a place in the picture, as queries of a resampler do not."""
+        return not any(word in self.tokens for word in ("Q-Former", "resampler", "latent"))
+
 
 MROPE = "mm_token_type_ids"
 BEAMS = "beam search and num_return_sequences fail in transformers 5.23 itself (picture features are not repeated)"
