@@ -104,6 +104,8 @@ def surging(divergence: Tensor, activation: Tensor) -> Tensor:
         divergence: [B, H] distance of the head's outputs with and without pictures, eq. 4.
         activation: [B, H] squared norm of the output without pictures, eq. 6.
     """
+    if divergence.shape[-1] == 1:
+        return torch.zeros_like(divergence, dtype=torch.bool)
     high = [x > x.mean(-1, keepdim=True) + x.std(-1, keepdim=True) for x in (divergence, activation)]
     return high[0] & high[1]
 
