@@ -335,6 +335,18 @@ ROWS: tuple[Row, ...] = (
         {"alpha": 2.0, "beta": 0.5, "source": "own", "share": None, "normalise": False, "colours": None},
     ),
     Row(
+        "vasparse_contrast",
+        "vlmfix.decoders.vasparse_contrast:VASparseContrast",
+        "decoding",
+        "VASparse: Towards Efficient Visual Hallucination Mitigation via Visual-Aware Token Sparsification",
+        "2501.06553",
+        "derived",
+        "subtracts the logits of the last token's embedding alone",
+        "the output head once more",
+        ALL,
+        {"alpha": 0.1, "beta": 0.1, "variant": "paper"},
+    ),
+    Row(
         "sgrs",
         "vlmfix.decoders.sgrs:SGRS",
         "decoding",
@@ -345,6 +357,27 @@ ROWS: tuple[Row, ...] = (
         "one vector-Jacobian product from the logits to the lowest target layer",
         ("greedy", "sampling", "batch", "streaming", "images", "no-image"),
         {"alpha": 0.6, "top_k": 5, "draws": 3, "window": 5, "layers": (0.1875, 0.28125), "draw": "order", "seed": 0},
+    ),
+    Row(
+        "opera",
+        "vlmfix.decoders.opera:OPERA",
+        "decoding",
+        "OPERA: Alleviating Hallucination in Multi-Modal Large Language Models via Over-Trust Penalty and "
+        "Retrospection-Allocation",
+        "2311.17911",
+        "ref-run",
+        "beam search against tokens that later ones lean on; goes back where all beams lean on one",
+        "candidates times beams as queries of one forward, one attention row of one layer",
+        ("beams", "batch", "images", "no-image"),
+        {
+            "alpha": 1.0,
+            "candidates": 5,
+            "scale": 50.0,
+            "threshold": 15,
+            "rollbacks": None,
+            "num_beams": 5,
+            "reference_rounding": False,
+        },
     ),
 )
 
@@ -358,14 +391,17 @@ def find(name: str) -> type[Any]:
     """The class of a method.
 
     Raises:
-        UsageError: no such method; names the nearest.
+        UsageError: no such method (names the nearest), or several of that name.
     """
     row = next((row for row in ROWS if row.name == name), None)
+    points = [point for point in entry_points(group=GROUP) if point.name == name]
+    targets = [*([row.target] if row is not None else []), *(point.value for point in points)]
+    if len(targets) > 1:
+        raise UsageError(f"several installed methods are called {name!r}: {', '.join(targets)}; uninstall all but one")
     if row is not None:
         return row.load()  # type: ignore[no-any-return]
-    for point in entry_points(group=GROUP):
-        if point.name == name:
-            return point.load()  # type: ignore[no-any-return]
+    if points:
+        return points[0].load()  # type: ignore[no-any-return]
     raise UsageError(f"unknown method {name!r}{nearest(name, names())}")
 
 

@@ -61,6 +61,11 @@ TABLE = {
         "agla(alpha=0,beta=0)",
         tuple(family for family in WHOLE if family not in ("instructblip", "blip-2")),
     ),
+    "vasparse_contrast": Strength(
+        "vasparse_contrast(alpha=0.5,beta=0)",
+        "vasparse_contrast(alpha=1e-12,beta=0)",
+        "vasparse_contrast(alpha=0,beta=0)",
+    ),
     "ritual": Strength("ritual(alpha=0.5,beta=0)", "ritual(alpha=1e-12,beta=0)", "ritual(alpha=0,beta=0)", WHOLE),
     "dola": Strength("dola(beta=0)", None, None),
     "deco": Strength("deco(top_p=1)", None, "deco(alpha=0)"),

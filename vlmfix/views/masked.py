@@ -88,4 +88,5 @@ def _blur(values: Tensor, sigma: float) -> Tensor:
     at = (torch.arange(n)[:, None] + offsets) % (2 * n)
     at = torch.where(at < n, at, 2 * n - 1 - at)
     matrix = torch.zeros(n, n, dtype=values.dtype).scatter_add_(1, at, weights.expand(n, -1).to(values.dtype))
-    return matrix @ values
+    out: Tensor = matrix @ values
+    return out
