@@ -42,7 +42,7 @@ def common(
         mask: [B or 1, 1 or H, Q, K] bool or additive float.
         q_pos: [Q] slots.
         k_pos: [K] slots.
-        low: [B or 1, Q] first visible slot, with `high`.
+        low: [B or 1, Q] first visible slot, contiguous, with `high`.
         high: [B or 1, Q] slot after the last visible one.
         groups: as in `pack.Packed`, like the rest up to `roll_start`.
         active: [P, B].

@@ -63,7 +63,7 @@ def evaluate(
         [B, H, Q, Dv] in v's dtype.
     """
     packed = packing.packed_once(plans, q.shape[1]) if packed is None else packed
-    low, high = spans if spans is not None else (None, None)
+    low, high = (None, None) if spans is None else (x.contiguous() for x in spans)
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     mask = None if mask is None else rows_contiguous(mask)
     heads, queries, kinds = q.shape[1], q.shape[2], packed.kinds
@@ -83,7 +83,7 @@ def evaluate(
     for at in range(0, queries, chunk):
         rows = slice(at, at + chunk)
         part_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-        part_low, part_high = (None, None) if low is None or high is None else (low[:, rows], high[:, rows])
+        part_low, part_high = (None if x is None else x[:, rows].contiguous() for x in (low, high))
         part = (q[:, :, rows], k, v, part_mask, q_pos[rows], k_pos, part_low, part_high)
         acc, stat, out = grouped_tiles(*part, *tables, packed.head_scale, sinks, direct)
         parts.append(out if direct else finish(plans, packed, acc, stat, heads, q_pos[rows], sinks, v.dtype))
