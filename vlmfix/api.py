@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vlmfix import registry
 from vlmfix.attention import run
 from vlmfix.attention.compiled import Compiled
-from vlmfix.attention.request import NO_PICTURE, Request
+from vlmfix.attention.request import NO_PICTURE, OWN, Request
+from vlmfix.engine import search
 from vlmfix.errors import Refusal, UsageError
 from vlmfix.hf import encoding, hooks, loading, settings
 from vlmfix.hf.batches import Batcher
@@ -119,7 +120,8 @@ class FixedVLM:
             if self.compiled.plain:
                 result, request = generate(**{k: v for k, v in kwargs.items() if k != "visual_mask"}), None
             else:
-                result, request = run.generate(self.parts, self.compiled, generate, kwargs, self._batcher.global_tile)
+                call = search.caller(self.parts, self.compiled, generate)
+                result, request = run.generate(self.parts, self.compiled, call, kwargs, self._batcher.global_tile)
         if draw is not None and draw.scores is not None:
             result.scores = tuple(draw.scores)
         self.report = report_of(self.recipe, self.parts, self.compiled, request, overridden)
@@ -336,10 +338,12 @@ def report_of(
     if compiled.decoding is not None:
         rows = request.rows_rewritten
         touched = set().union(*(request.layers.layers_touched[i] for i in compiled.own))
+        returns = request.layers.notes.get(OWN, {}).get(search.RETURNS)
         report["methods"][registry.name_of(compiled.decoding)] = {
             "rows": rows,
             "steps": request.steps,
             **({"layers": sorted(touched)} if touched else {}),
+            **({} if returns is None else {search.RETURNS: returns.tolist()}),
             **({} if rows else {"inactive": NO_PICTURE}),
         }
     return report
@@ -358,6 +362,9 @@ def _open(parts: Parts, kwargs: dict[str, Any]) -> Request | None:
         raise UsageError(
             "this cache was filled outside the recipe; start from an empty cache inside `applied`, or call generate"
         )
+    decoding = application.compiled.decoding
+    if decoding is not None and decoding.search() is not None:
+        raise Refusal(f"{registry.name_of(decoding)} decides over whole beams: call generate instead of the forward")
     request, _ = run.open_request(parts, application.compiled, kwargs, application.global_tile)
     return request
 
@@ -411,7 +418,8 @@ class _Generate:
         current = applications[-1]
         if current.compiled.plain:
             return plain(**{k: v for k, v in kwargs.items() if k != "visual_mask"})
-        return run.generate(current.parts, current.compiled, plain, kwargs, current.global_tile)[0]
+        call = search.caller(current.parts, current.compiled, plain)
+        return run.generate(current.parts, current.compiled, call, kwargs, current.global_tile)[0]
 
 
 @contextlib.contextmanager

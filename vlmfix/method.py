@@ -195,6 +195,8 @@ class AttentionMethod(Method):
     scales_scores: ClassVar[bool] = False
     by_distance: ClassVar[bool] = False
     """Whether it acts on keys by their distance from the query."""
+    replans_here: ClassVar[bool] = False
+    """Whether what it sees of a layer changes the plans of that layer alone."""
     vision_layers: ClassVar[tuple[int, ...]] = ()
     """Layers of the vision tower (negative from the end) whose class-token attention it reads."""
 
@@ -383,6 +385,8 @@ def resolve_layers(spec: LayerSpec, depth: int) -> tuple[int, ...]:
     Raises:
         UsageError: an index outside the model, or fractions that select nothing.
     """
+    if not isinstance(spec, tuple | list) or not all(isinstance(x, int | float) for x in spec):
+        raise UsageError(f"layers={spec!r}: give two fractions of depth, (0.25, 0.75), or exact layer indices, (3, 4)")
     if spec and all(isinstance(x, int) for x in spec):
         layers = tuple(sorted({int(x) + depth if x < 0 else int(x) for x in spec}))
         bad = [x for x in layers if not 0 <= x < depth]

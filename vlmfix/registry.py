@@ -176,6 +176,18 @@ ROWS: tuple[Row, ...] = (
         {"alpha": 2.0, "layers": (0.5625, 1.0), "second_layer": True, "outliers": True, "on": "visible"},
     ),
     Row(
+        "vasparse_attention",
+        "vlmfix.decoders.vasparse_attention:VASparseAttention",
+        "attention",
+        "VASparse: Towards Efficient Visual Hallucination Mitigation via Visual-Aware Token Sparsification",
+        "2501.06553",
+        "derived",
+        "sharpens attention, less on keys that already received much",
+        "a sum over keys per layer",
+        ALL,
+        {"beta": 0.1, "layers": (0.0, 1.0), "on": "visible"},
+    ),
+    Row(
         "vcd",
         "vlmfix.decoders.vcd:VCD",
         "decoding",
