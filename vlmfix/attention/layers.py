@@ -122,7 +122,9 @@ class Layers:
                 context = self._context(i, layer, look.query, None)
                 glance = Glance(context, look.query, look.key, look.rows, look.k_pos, look.value)
                 if method.watch(glance, self.notes.setdefault(i, {})):
-                    self._plans.clear()
+                    self._plans.pop(layer, None)
+                    if not method.replans_here:
+                        self._plans.clear()
 
     def finish(self, layer: int, out: Tensor) -> Tensor:
         """Scales the heads of a layer's output [B, Q, H, D]; a head rule picks its scales in the prefill, for good."""
@@ -169,7 +171,7 @@ class Layers:
             plans.append((i, replace(plan, active_from=torch.where(acting, plan.active_from, NEVER))))
             self.layers_touched[i].add(layer)
         self._heads[layer] = tuple((i, plan) for i, plan in plans if plan.only_scales_heads)
-        self._plans[layer] = tuple(plan for _, plan in plans if not plan.only_scales_heads)
+        self._plans[layer] = _aligned([plan for _, plan in plans if not plan.only_scales_heads])
         starts = [
             t for plan in self._plans[layer] for t in (plan.active_from, *(part.query_from for part in plan.hidden))
         ]
@@ -198,6 +200,23 @@ def _rowwise(value: Any, change: Any) -> Any:
         elif isinstance(item, tuple) and item and dataclasses.is_dataclass(item[0]):
             updates[f.name] = tuple(_rowwise(part, change) for part in item)
     return replace(value, **updates)
+
+
+def _aligned(plans: list[Plan]) -> tuple[Plan, ...]:
+    """Plans whose tables over keys have one length, each filled up as its keys past the end count."""
+    if len({plan.groups.shape[1] for plan in plans}) < 2:
+        return tuple(plans)
+    length = max(plan.groups.shape[1] for plan in plans)
+    fills = {"groups": 0, "key_slope": 1, "key_weight": 0}
+    out = []
+    for plan in plans:
+        tables = {name: (getattr(plan, name), fill) for name, fill in fills.items()}
+        out.append(replace(plan, **{name: _filled(t, length, fill) for name, (t, fill) in tables.items()}))
+    return tuple(out)
+
+
+def _filled(table: Tensor | None, length: int, fill: int) -> Tensor | None:
+    return None if table is None else torch.nn.functional.pad(table, (0, length - table.shape[-1]), value=fill)
 
 
 def _stacked(upper: dict[Any, dict[str, Tensor]], lower: dict[Any, dict[str, Tensor]]) -> dict[Any, dict[str, Tensor]]:
