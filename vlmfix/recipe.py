@@ -6,13 +6,16 @@ import ast
 import hashlib
 import importlib.util
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
 from vlmfix import registry
 from vlmfix.attention.compiled import Compiled
+from vlmfix.checks import check_types
 from vlmfix.errors import Refusal, UsageError, nearest
 from vlmfix.method import AttentionMethod, DecodingMethod, Method, ModelFacts
 
@@ -84,9 +87,13 @@ class Recipe:
         if data.get("format") != FORMAT:
             raise UsageError(f"recipe format {data.get('format')!r} is not known; this version reads {FORMAT}")
         methods = []
-        for entry in data.get("methods", ()):
+        for entry in data.get("methods") or ():
+            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+                raise UsageError(f"recipe file's method {entry!r} needs a name")
             _no_others(entry, {"name", "settings"}, "recipe file's method")
-            methods.append(_make(entry["name"], entry.get("settings", {})))
+            methods.append(_make(entry["name"], entry.get("settings") or {}))
+        if not methods:
+            raise UsageError("the recipe file holds no method; 'greedy' is plain decoding")
         return Recipe(tuple(methods))
 
     def save(self, path: str | Path) -> None:
@@ -133,6 +140,7 @@ class Recipe:
         own: list[int] = []
         for method in self.methods:
             name = registry.name_of(method)
+            check_types(name, method)
             if method.neutral():
                 dropped.append(name)
                 continue
@@ -201,12 +209,15 @@ def _arguments(name: str, text: str) -> dict[str, Any]:
         call = ast.parse(f"f({text})", mode="eval").body
     except SyntaxError as error:
         raise UsageError(f"cannot read the settings of {name}({text}); write key=value, ...") from error
-    assert isinstance(call, ast.Call)
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise UsageError(f"cannot read the settings of {name}({text}); write key=value, ...")
     if call.args or any(k.arg is None for k in call.keywords):
         raise UsageError(f"{name}({text}): settings need their names, key=value")
     values: dict[str, Any] = {}
     for keyword in call.keywords:
         assert keyword.arg is not None
+        if keyword.arg in values:
+            raise UsageError(f"{name}({text}): {keyword.arg} is given twice")
         try:
             values[keyword.arg] = (
                 keyword.value.id if isinstance(keyword.value, ast.Name) else ast.literal_eval(keyword.value)
@@ -218,13 +229,19 @@ def _arguments(name: str, text: str) -> dict[str, Any]:
 
 def _make(name: str, settings: dict[str, Any]) -> Method:
     cls = _from_file(name) if ".py:" in name else registry.find(name)
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise UsageError(f"{name} is not a method; derive it from vlmfix.method.AttentionMethod or DecodingMethod")
     known = {f.name: f for f in fields(cls)}
     for key in settings:
         if key not in known:
             raise UsageError(f"{name} has no setting {key!r}{nearest(key, known) if known else '; it has none'}")
-    clean = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    method: Method = cls(**clean)
+    method: Method = cls(**{key: _frozen(value) for key, value in settings.items()})
     return method
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, all the way down."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _from_file(name: str) -> type[Method]:
@@ -236,11 +253,12 @@ def _from_file(name: str) -> type[Method]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules.setdefault(spec.name, module)
-    spec.loader.exec_module(module)
-    cls = getattr(module, class_name, None)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{path}: running it failed ({type(error).__name__}: {error})") from error
+    cls: Any = getattr(module, class_name, None)
     classes = [
         k
         for k, v in vars(module).items()
@@ -248,25 +266,25 @@ def _from_file(name: str) -> type[Method]:
     ]
     if cls is None:
         raise UsageError(f"{path} has no class {class_name!r}{nearest(class_name, classes)}")
-    if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise UsageError(f"{name} is not a method; derive it from vlmfix.method.AttentionMethod or DecodingMethod")
-    cls.recipe_name = name  # type: ignore[attr-defined]
-    return cls
+    cls.recipe_name = name
+    return cls  # type: ignore[no-any-return]
 
 
 def _text(method: Method) -> str:
     changed = [(f.name, getattr(method, f.name)) for f in fields(method) if getattr(method, f.name) != f.default]
-    inside = ",".join(f"{key}={value!r}" if not isinstance(value, str) else f"{key}={value}" for key, value in changed)
+    inside = ",".join(f"{key}={_value(value)}" for key, value in changed)
     return registry.name_of(method) + (f"({inside})" if inside else "")
+
+
+def _value(value: Any) -> str:
+    """A setting as the grammar reads it: words bare, other text quoted."""
+    bare = isinstance(value, str) and value.isidentifier() and not iskeyword(value)
+    return value if bare else repr(value)
 
 
 def _with_preset(method: Method, preset: dict[str, Any]) -> Method:
     known = {f.name: f.default for f in fields(method)}
-    fill = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in preset.items()
-        if key in known and getattr(method, key) == known[key]
-    }
+    fill = {key: _frozen(value) for key, value in preset.items() if key in known and getattr(method, key) == known[key]}
     return replace(method, **fill) if fill else method
 
 

@@ -62,8 +62,8 @@ class VAR(AttentionMethod):
         super().resolve(facts)
         for name in ("move_fraction", "keep_ratio", "min_mass"):
             check_range(self, name, 0, 1)
-        if self.variant not in ("paper", "reference"):
-            raise UsageError(f"var(variant={self.variant!r}): give 'paper' or 'reference'")
+        if self.tau is not None:
+            check_range(self, "tau", 0, 1e6)
         tau = REFERENCE_TAU * math.sqrt(facts.hidden_size / REFERENCE_WIDTH) if self.tau is None else self.tau
         dims = facts.sink_dims() if self.sink_dims is None else tuple(self.sink_dims)
         if not dims:
