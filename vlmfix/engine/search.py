@@ -45,13 +45,13 @@ def caller(parts: Parts, compiled: Compiled, generate: Callable[..., Any]) -> Ca
 
     def searched(**kwargs: Any) -> Any:
         request: Any = hooks.REQUEST.get()
-        return searching.call(parts, generate, rules.num_beams, lambda task: _Run(rules, task, request).all(), kwargs)
+        return searching.call(parts, generate, rules.num_beams, lambda task: Run(rules, task, request).all(), kwargs)
 
     return searched
 
 
 @dataclass(frozen=True)
-class _Move:
+class Move:
     """What one sample does in a step.
 
     Args:
@@ -66,7 +66,7 @@ class _Move:
 
 
 @dataclass
-class _Sample:
+class Sample:
     """The search of one sample.
 
     Args:
@@ -96,7 +96,7 @@ class _Sample:
         """[B, N] likeliest tokens behind each beam."""
         return self.beams.logits.topk(self.rules.candidates).indices
 
-    def decide(self, tokens: Tensor, sums: Tensor, visual: Tensor) -> _Move:
+    def decide(self, tokens: Tensor, sums: Tensor, visual: Tensor) -> Move:
         """Chooses continuations.
 
         Args:
@@ -115,10 +115,10 @@ class _Sample:
             beams, logits = self._back(target)
         chosen = self._choose(beams, logits)
         if target is not None:
-            return _Move(beams, chosen, None)
+            return Move(beams, chosen, None)
         matches = tokens[chosen.parents] == chosen.tokens[:, None]
         index = chosen.parents * tokens.shape[1] + matches.int().argmax(1)
-        return _Move(beams, chosen, index if bool(matches.any(1).all()) else None)
+        return Move(beams, chosen, index if bool(matches.any(1).all()) else None)
 
     def _choose(self, beams: Beams, logits: Tensor) -> Chosen:
         prompt, stopping = self.prompt, self.task.stopping
@@ -150,7 +150,7 @@ class _Sample:
         return beams, logits
 
 
-class _Run:
+class Run:
     """The search of a batch: every sample goes its own way through the same forwards."""
 
     def __init__(self, rules: Search, task: searching.Task, request: Request) -> None:
@@ -165,7 +165,7 @@ class _Run:
             task.config.max_length - task.ids.shape[1],
         )
         self.samples = [
-            _Sample(rules, task, keeper, ids, Beams.first(logits, settings.beams))
+            Sample(rules, task, keeper, ids, Beams.first(logits, settings.beams))
             for ids, logits in zip(task.ids, self.tree.prompt_logits.float(), strict=True)
         ]
         self.logits: list[Tensor] = []
@@ -188,7 +188,7 @@ class _Run:
         tokens = torch.stack([sample.candidates() for sample in samples])
         ancestors = [self._none() if s.done else s.beams.slots.repeat_interleave(count, 0) for s in samples]
         logits = self.tree.feed(tokens.flatten(1), ancestors).float()
-        moves: dict[int, _Move] = {}
+        moves: dict[int, Move] = {}
         sums: dict[int, Tensor] = {}
         rows = self._rows()
         for i, sample in enumerate(samples):
@@ -216,7 +216,7 @@ class _Run:
         if unfed:
             self._feed(unfed, torch.zeros_like(index))
 
-    def _feed(self, moves: dict[int, _Move], tokens: Tensor) -> None:
+    def _feed(self, moves: dict[int, Move], tokens: Tensor) -> None:
         """One more forward, for continuations that were no candidates."""
         ancestors = [self._none() for _ in self.samples]
         for i, move in moves.items():
@@ -229,7 +229,7 @@ class _Run:
             sums, _ = self._read(i, rows[i], ancestors[i], move.beams.sums[move.chosen.parents])
             self._advance(i, move, slots, sums, logits[i])
 
-    def _advance(self, i: int, move: _Move, slots: Tensor, sums: Tensor, logits: Tensor) -> None:
+    def _advance(self, i: int, move: Move, slots: Tensor, sums: Tensor, logits: Tensor) -> None:
         follow = self.rules.history_follows_beams
         self.samples[i].beams = moved(move.beams, move.chosen, slots, sums, logits, follow)
 
