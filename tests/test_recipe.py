@@ -113,7 +113,7 @@ def test_the_hash_follows_every_setting():
         ({"format": FORMAT, "metods": []}, "unknown key 'metods'; did you mean methods"),
         ({"format": FORMAT, "methods": []}, "holds no method"),
         ({"format": FORMAT, "methods": [{"name": "vcd", "setings": {}}]}, "key 'setings'; did you mean settings"),
-        ({"format": FORMAT, "methods": [{"name": "vcd", "settings": {"alpa": 1}}]}, "setting 'alpa'; did you mean alpha"),
+        ({"format": FORMAT, "methods": [{"name": "vcd", "settings": {"alpa": 1}}]}, "did you mean alpha"),
         ({"format": FORMAT, "methods": [{"settings": {}}]}, "needs a name"),
         ({"format": FORMAT, "methods": ["vcd"]}, "needs a name"),
     ],

@@ -23,7 +23,7 @@ def check_types(name: str, settings: Any) -> None:
     Raises:
         UsageError: a value of another type, or a number that is not finite; says what to give.
     """
-    hints = _hints(type(settings))
+    hints = _hints(type(settings))  # type: ignore[arg-type]
     for field in fields(settings):
         value, hint = getattr(settings, field.name), hints[field.name]
         if not _fits(value, hint):
