@@ -92,3 +92,43 @@ def test_captions_name_what_is_seen(loaded):
     assert sum(clear) >= 0.75 * len(clear)
     assert all(scene.kind in text for scene, text in zip(drawn, captions, strict=True))
     assert all(text.endswith(".") for text in captions)
+
+
+@pytest.fixture
+def scripts(request, monkeypatch):
+    monkeypatch.syspath_prepend(str(request.config.rootpath / "scripts"))
+
+
+def test_built_in_scoring_by_hand(scripts):
+    from pico_eval import chair, mentions, pope
+
+    text = "A bedroom with two teddy bears, a bear, a pair of scissors and three wine glasses. People and mice."
+    assert [name for name, _, _ in mentions(text)] == ["teddy bear", "bear", "scissors", "wine glass", "mouse"]
+    one, other = (scenes.scene("test", 0, number) for number in (0, 1))
+    typical = next(name for name in one.frequent if name not in one.counts)
+    stranger = next(name for name in scenes.NAMES if name not in one.counts and name not in one.frequent)
+    present = list(one.counts)
+    said = f"There is {article(present[0])}, {article(typical)} and {article(stranger)}."
+    figures = chair([said, "Nothing."], [one, other])
+    assert figures["chair_s"] == 50
+    assert figures["chair_i"] == pytest.approx(200 / 3)
+    assert figures["recall"] == pytest.approx(100 / (len(one.counts) + len(other.counts)))
+    assert figures["typical_share"] == 50
+    told = {(0, "cat"): True, (0, "dog"): True, (0, "bus"): False, (0, "car"): False}
+    score = pope(told, [(0, "cat", True), (0, "dog", False), (0, "bus", False), (0, "car", True)])
+    assert score == {"accuracy": 50.0, "yes_ratio": 50.0, "f1": 50.0, "questions": 4}
+
+
+def test_packed_questions_equal_single_ones(scripts, loaded):
+    from pico_eval import answers
+
+    model, processor = loaded
+    drawn = list(scenes.scenes("tuning", 2, 4))
+    pictures, _ = scenes.compose(scenes.pack(drawn))
+    asked = [(row, name) for row, scene in enumerate(drawn) for name in (*scene.frequent, "cat", "zebra")]
+    with torch.inference_mode():
+        told = answers(model, processor.tokenizer, pictures, asked, 3)
+    images = [Image.fromarray(pictures[row].permute(1, 2, 0).numpy()) for row, _ in asked]
+    single = ask(loaded, images, [f"Is there {article(name)} in the image?" for _, name in asked], 1)
+    assert [told[key] for key in asked] == [answer == "Yes" for answer in single]
+    assert 0 < sum(told.values()) < len(told)
