@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.xdist_group("packaging")
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def test_data_is_ours_or_its_licence_is_named(wheel_names, sdist_names):
     assert found
     for name in found:
         path = name.replace("vlmfix/eval/", "eval/")
-        licensed = path in notice or f"`{Path(path).name}`" in data or path.endswith(("LICENSE.txt", "README.md"))
+        licensed = path in notice or f"`{Path(path).name}`" in data or path.endswith(("LICENSE.txt", "LICENSES.txt", "README.md"))
         assert licensed or path.startswith(OURS), (
             f"say in NOTICE or eval/data/README.md where {path} comes from and under which licence"
         )
@@ -121,6 +122,16 @@ def test_installed_listings(installed):
     assert installed("--version").stdout.split() == ["vlmfix", PROJECT["project"]["version"]]
     assert json.loads(installed("methods", "--json").stdout)
     assert json.loads(installed("models", "--json").stdout)
+
+
+def test_installed_copy_answers(installed):
+    picture = installed.folder / "gray.png"
+    Image.new("RGB", (96, 96), "gray").save(picture)
+    done = installed("run", picture, "-p", "Describe the image.", "--method", "vcd", "--max-new-tokens", 4, "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["text"]
+    assert record["report"]["branches"] == 1
 
 
 def test_launcher_of_a_checkout(tmp_path):

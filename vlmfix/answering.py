@@ -108,7 +108,8 @@ def _answer(vlm: FixedVLM, batch: _Batch, seed: int | None, generation: dict[str
 
 def _answered(vlm: FixedVLM, item: Item, images: list[Image.Image], answer: Answer) -> Record:
     record = _record(item.id, _single(item.names), item.prompt, str(vlm.recipe), text=answer.text)
-    record |= {"tokens": answer.tokens, "seconds": round(answer.seconds, 4), "report": answer.report}
+    report = {**answer.report, "pictures": len(images), **answer.evidence}
+    record |= {"tokens": answer.tokens, "seconds": round(answer.seconds, 4), "report": report}
     notes = [note for image in images for note in pictures.notes(image)]
     return record | ({"notes": notes} if notes else {})
 

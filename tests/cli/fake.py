@@ -20,7 +20,7 @@ class FakeVLM:
 
     def __init__(self, recipe="greedy"):
         self.recipe = Recipe.of(recipe)
-        self.report = {"visual_tokens": [1]}
+        self.report = {"visual_tokens": [1], "methods": {"var": {"layers": [1, 2, 3, 7]}}}
         if "m3id" in str(self.recipe):
             raise Refusal("m3id cannot act here: give another method")
 

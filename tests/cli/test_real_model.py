@@ -50,7 +50,15 @@ def test_run(vlmfix_says, checkpoint, noisy, tmp_path):
     report = found[-1]["report"]
     assert report["recipe"] == "vcd"
     assert report["branches"] == 1
-    assert all(count == 9 for count in report["visual_tokens"])
+    assert (report["visual_tokens"], report["pictures"]) == (9, 1)
+    assert "visual tokens an item: 9" in result.stderr
+
+
+def test_a_method_that_did_nothing_is_named(vlmfix_says, checkpoint, noisy):
+    rows = [{"image": "0.png", "prompt": "a"}, {"image": None, "prompt": "b"}]
+    (noisy / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("--model", checkpoint, "--device", "cpu", "--max-new-tokens", 2, "--method", "vcd")
+    assert "vcd did nothing for 1 of 2 answers: no row has a picture" in vlmfix_says("run", noisy, *common).stderr
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(vlmfix_says, checkpoint, noisy):

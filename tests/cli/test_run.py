@@ -39,6 +39,7 @@ def test_folder_to_file(vlmfix_says, fake_model, photos, tmp_path):
     assert result.stdout == ""
     assert "5 answered, 0 failed" in result.stderr
     assert "answers/s, 0:00 left" in result.stderr
+    assert "var: layers 1-3, 7" in result.stderr
     found = records(out)
     assert [(r["image"], r["text"]) for r in found] == [(f"{n}.png", f"var sees {n}x9") for n in range(1, 6)]
     first = found[0]

@@ -72,9 +72,7 @@ def demo(
     else:
         _show_captions(rows, list(captions.items())[:shown])
         show(_summary(rows, len(captions.items()), len(questions.items())))
-        note(
-            f"All answers: {answers}. {model.model} is a test bed, and {PICTURES} pictures are too few to rank methods."
-        )
+        note(f"All answers: {answers}. So few pictures show how it works, not which method is better.")
     raise typer.Exit(SOME_FAILED if any(each.failed for each in passes) else ALL_ANSWERED)
 
 
@@ -121,7 +119,7 @@ def _show_captions(rows: Mapping[str, Row], pictures: Sequence[Question]) -> Non
     key = Text.assemble("Objects ", ("in the picture", "green"), " and ", ("invented", "bold red"))
     console.print(key if coloured else "Captions; !objects! are not in the picture.")
     for picture in pictures:
-        console.print(Text(f"\n{picture.image}: {', '.join(picture.truth['objects'])}", "bold"))
+        console.print(Text(f"\n{picture.image}: {', '.join(picture.truth['objects'])}", "bold"), soft_wrap=not coloured)
         for name, row in rows.items():
             if picture.id in row.captions:
                 text = marked(*row.captions[picture.id], coloured)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from vlmfix.commands.acting import Acting
 from vlmfix.commands.console import INTERRUPTED, SOME_FAILED, fail, note
 from vlmfix.commands.options import ModelOptions, with_recipe
 from vlmfix.commands.progress import Progress
@@ -39,6 +40,7 @@ class Pass:
         self.items, self.faults = list(found.items.values()), found.faults
         self.answered = self.failed = self.kept = 0
         self.seconds = 0.0
+        self.acting = Acting()
         self.store: Store | None = None
         if out is not None:
             from vlmfix.commands.answers import left_to_do, open_store
@@ -66,6 +68,7 @@ class Pass:
                 for records in self._records(vlm, batch_size, settings):
                     failed = sum("error" in record for record in records)
                     self._keep(records, show)
+                    self.acting.add(records)
                     self.failed += failed
                     self.answered += len(records) - failed
                     progress.add(len(records), failed)
@@ -79,6 +82,8 @@ class Pass:
                 self.store.close()
         where = f" in {self.out}" if self.out else ""
         note(f"{self.recipe}: {self.answered} answered, {self.failed} failed, {self.seconds:.1f} s{where}", "bold")
+        for line in self.acting.lines():
+            note(f"  {line}")
 
     def _records(self, vlm: FixedVLM | None, batch_size: int, settings: dict[str, Any]) -> Iterator[list[Record]]:
         from vlmfix.answering import answer_all, error_record
