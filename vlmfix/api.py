@@ -20,12 +20,13 @@ from vlmfix.attention.request import NO_PICTURE, OWN, Request
 from vlmfix.engine import search
 from vlmfix.errors import Refusal, UsageError
 from vlmfix.hf import encoding, hooks, loading, settings
-from vlmfix.hf.batches import Batcher
+from vlmfix.hf.batches import Batch, Batcher
 from vlmfix.hf.cache import only_full_attention
 from vlmfix.hf.evidence import FirstToken
 from vlmfix.hf.families import CROSSING, FAMILIES, UNBRANCHED
 from vlmfix.hf.inputs import mask_kind
 from vlmfix.hf.parts import Parts
+from vlmfix.hf.sharing import share, shareable
 from vlmfix.hf.sinks import sink_dims
 from vlmfix.layout import MaskKind
 from vlmfix.method import ModelFacts
@@ -166,7 +167,7 @@ class FixedVLM:
         out: list[Answer | None] = [None] * len(questions)
         for batch in self._batcher.batches(pictures, questions, system):
             started = time.perf_counter()
-            inputs = batch.inputs
+            inputs = self._shared(batch, generation)
             chosen = [names[i] for i in batch.items]
             first = FirstToken(*self._batcher.yes_and_no, len(chosen))
             options = {**first.listening(generation), "max_new_tokens": max_new_tokens}
@@ -179,6 +180,15 @@ class FixedVLM:
         answers = [a for a in out if a is not None]
         final: list[Any] = list(answers) if details else [a.text for a in answers]
         return final[0] if single else final
+
+    def _shared(self, batch: Batch, generation: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch's inputs, with the prefixes of rows about one picture read once where that changes nothing."""
+        alone = len(set(batch.pictures)) == len(batch.pictures) or batch.inputs.get("pixel_values") is None
+        asked = any(generation.get(name) for name in ("num_beams", "num_return_sequences", "cache_implementation"))
+        cached = generation.get("use_cache", True) is not False
+        if alone or asked or not cached or not self.compiled.prefix_plain or not shareable(self.parts):
+            return batch.inputs
+        return share(self.parts, batch.inputs, batch.pictures)
 
     def _tokens_of(self, row: int, inputs: Mapping[str, Any]) -> int:
         found = sum((inputs["input_ids"][row] == token).sum() for token in self.parts.image_ids)

@@ -30,6 +30,18 @@ class Rendering(Protocol):
         """The question within the token ids behind the last picture."""
         ...
 
+    def within(self, ids: Sequence[int]) -> tuple[int, int]:
+        """Where the question starts and ends in these ids."""
+        ...
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text."""
+        ...
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """Token -> id."""
+        ...
+
     def colours(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation per channel that pixels in [0, 1] are normalised with."""
         ...
@@ -85,6 +97,7 @@ class LayerContext:
         notes: the method's notes on the whole generation (see `AttentionMethod.watch`).
         facts: the model.
         seen: vision layer -> [B, K] attention of the class token to visual tokens, summed over heads; nan elsewhere.
+        ids: [B, K] token ids of the prompt, if known.
     """
 
     layer: int
@@ -96,6 +109,7 @@ class LayerContext:
     notes: dict[str, Tensor]
     facts: ModelFacts
     seen: Mapping[int, Tensor] = field(default_factory=dict)
+    ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +207,8 @@ class AttentionMethod(Method):
     reads_hidden: ClassVar[bool] = False
     needs_picture: ClassVar[bool] = True
     scales_scores: ClassVar[bool] = False
+    prefix_plain: ClassVar[bool] = False
+    """Whether the prompt up to its last picture runs as in the plain model and is not looked at."""
     by_distance: ClassVar[bool] = False
     """Whether it acts on keys by their distance from the query."""
     replans_here: ClassVar[bool] = False
@@ -224,6 +240,10 @@ class AttentionMethod(Method):
     def without_pictures(self) -> View | None:
         """How a prompt reads without pictures, where a head rule compares the two; None without head rules."""
         return None
+
+    def splits_prefill(self, depth: int) -> bool:
+        """Whether the last prompt token must run by itself, once all layers have read the tokens before it."""
+        return False
 
     @property
     def scales_text(self) -> bool:
@@ -313,6 +333,10 @@ class DecodingMethod(Method):
     def branches(self) -> tuple[View, ...]:
         """One view per branch; none when the weight is zero for the whole run."""
         return ()
+
+    def reads(self) -> Any:
+        """A text-only language model that reads along and speaks as the first branch; None without one."""
+        return None
 
     def late(self) -> bool:
         """Whether its one branch is the visible prompt with other pictures or wiped embeddings, after its prefill."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+from vlmfix.errors import Refusal
 from vlmfix.method import AttentionMethod, DecodingMethod, ModelFacts
 from vlmfix.view import View
 
@@ -39,10 +41,20 @@ class Compiled:
         """One view per branch."""
         return () if self.decoding is None else self.decoding.branches()
 
+    @property
+    def prefix_plain(self) -> bool:
+        """Whether the prompt up to its last picture runs as in the plain model, so that rows can share it."""
+        return not self.views and not self.late and all(method.prefix_plain for method in self.attention)
+
     @cached_property
     def probes(self) -> tuple[View, ...]:
         """Views whose rows run in the prefill alone."""
         return () if self.decoding is None else self.decoding.probes()
+
+    @cached_property
+    def reads(self) -> Any:
+        """A text-only language model that reads along."""
+        return None if self.decoding is None else self.decoding.reads()
 
     @property
     def late(self) -> bool:
@@ -74,6 +86,19 @@ class Compiled:
         """Whether that prompt runs as copies of text in the same rows; in rows of its own otherwise."""
         comparing = [method for method in self.attention if method.without_pictures()]
         return self.facts.packable and all(method.scales_text for method in comparing)
+
+    def __post_init__(self) -> None:
+        """Refuses methods that would take the prefill apart in two ways."""
+        if self.splits and (self.without_pictures is not None or self.late):
+            raise Refusal(
+                "two methods of this recipe take the reading of the prompt apart in different ways (one runs its last "
+                "token by itself, the other a second prompt beside it); choose one, or layers that need no split"
+            )
+
+    @cached_property
+    def splits(self) -> bool:
+        """Whether the last prompt token runs by itself."""
+        return any(method.splits_prefill(self.facts.depth) for method in self.attention)
 
     @cached_property
     def vision_layers(self) -> frozenset[int]:

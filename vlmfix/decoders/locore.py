@@ -35,6 +35,7 @@ class LocoRE(AttentionMethod):
 
     needs_picture: ClassVar[bool] = False
     by_distance: ClassVar[bool] = True
+    prefix_plain: ClassVar[bool] = True
 
     beta: float = 0.15
     window: int = 8

@@ -30,6 +30,7 @@ class PAI(AttentionMethod):
     """
 
     scales_scores: ClassVar[bool] = True
+    prefix_plain: ClassVar[bool] = True
 
     alpha: float = 0.5
     prompt_row: bool = True

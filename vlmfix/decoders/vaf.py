@@ -45,6 +45,7 @@ class VAF(AttentionMethod):
     """
 
     scales_scores: ClassVar[bool] = True
+    prefix_plain: ClassVar[bool] = True
 
     alpha: float = 0.15
     beta: float = 0.05

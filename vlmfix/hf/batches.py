@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,10 +28,12 @@ class Batch:
     Args:
         items: their indices in the caller's lists.
         inputs: what the processor returned.
+        pictures: what each row's pictures are called; equal names, equal pictures.
     """
 
     items: list[int]
     inputs: dict[str, Any]
+    pictures: list[str]
 
 
 class Batcher:
@@ -56,7 +59,8 @@ class Batcher:
         rows = [_opened(entry) for entry in pictures]
         for count in sorted({len(row) for row in rows}):
             items = [i for i, row in enumerate(rows) if len(row) == count]
-            yield Batch(items, self.inputs([rows[i] for i in items], [questions[i] for i in items], system))
+            inputs = self.inputs([rows[i] for i in items], [questions[i] for i in items], system)
+            yield Batch(items, inputs, [_name(pictures[i]) for i in items])
 
     def inputs(
         self, rows: Sequence[Sequence[Any]], questions: Sequence[str], system: str | None = None
@@ -87,12 +91,31 @@ class Batcher:
 
     def question(self, ids: Sequence[int]) -> str:
         """The question within the token ids behind the last picture, without what the chat template puts around it."""
-        one, other = self.behind_picture("Where is it?"), self.behind_picture("7 of them")
-        ids = list(ids)
-        lead, tail = _common(one, other), _common(one[::-1], other[::-1])
-        ids = ids[lead:] if ids[:lead] == one[:lead] else ids
-        ids = ids[: len(ids) - tail] if tail and ids[-tail:] == one[-tail:] else ids
-        return str(tokenizer_of(self.processor).decode(ids, skip_special_tokens=True)).strip()
+        start, end = self.within(ids)
+        return str(tokenizer_of(self.processor).decode(list(ids)[start:end], skip_special_tokens=True)).strip()
+
+    def within(self, ids: Sequence[int]) -> tuple[int, int]:
+        """Where the question starts and ends in the token ids behind the last picture."""
+        one, other = self._frames
+        ids, lead, tail = list(ids), _common(one, other), _common(one[::-1], other[::-1])
+        start = lead if ids[:lead] == one[:lead] else 0
+        return start, len(ids) - tail if tail and ids[-tail:] == one[-tail:] else len(ids)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text of the ids."""
+        decode = tokenizer_of(self.processor).decode
+        texts = [str(decode(list(ids)[:i])) for i in range(len(ids) + 1)]
+        return [text[len(before) :] for before, text in itertools.pairwise(texts)]
+
+    @cached_property
+    def _frames(self) -> tuple[list[int], list[int]]:
+        """Two questions with nothing in common, rendered."""
+        return self.behind_picture("Where is it?"), self.behind_picture("7 of them")
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """Token -> id."""
+        table: dict[str, int] = tokenizer_of(self.processor).get_vocab()
+        return table
 
     def colours(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation per channel that pixels in [0, 1] are normalised with."""
@@ -130,6 +153,11 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """Length of the common beginning."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _name(entry: Any) -> str:
+    entries = entry if isinstance(entry, list | tuple) else [entry]
+    return repr([str(e) if isinstance(e, str) or hasattr(e, "__fspath__") else id(e) for e in entries])
 
 
 def _opened(entry: Any) -> list[Any]:
