@@ -43,8 +43,8 @@ class Answer:
         tokens: generated tokens, the end token included.
         seconds: time of its batch divided by the batch's size.
         report: what acted where; see `FixedVLM.report`.
-        evidence: measures of this answer by name: visual_tokens, prefill_seconds (its share of the batch's), and margin,
-            by how much the first token's scores prefer yes to no.
+        evidence: measures of this answer by name: visual_tokens, prefill_seconds (its share of the batch's), and
+            margin, by how much the first token's scores prefer yes to no.
     """
 
     text: str

@@ -31,8 +31,8 @@ def share(parts: Parts, inputs: dict[str, Any], pictures: Sequence[str]) -> dict
         pictures: content of each row's pictures, by any name.
 
     Returns:
-        Keywords of generate: ids as [prefix, padding, rest], their mask, and a cache that holds the prefixes; or `inputs`
-        themselves where no two rows share a prefix.
+        Keywords of generate: ids as [prefix, padding, rest], their mask, and a cache that holds the prefixes; or
+        `inputs` themselves where no two rows share a prefix.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     visual = torch.isin(ids, torch.tensor(parts.image_ids, device=ids.device))
