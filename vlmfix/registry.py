@@ -242,7 +242,7 @@ ROWS: tuple[Row, ...] = (
         "subtracts the log-probabilities of the text alone, the more the surer they are",
         "one more row, without pictures",
         ALL,
-        {"alpha": 2.0, "beta": 0.1, "entropy": True, "variant": "paper"},
+        {"alpha": 2.0, "beta": 0.1, "entropy": True, "variant": "paper", "lm": None},
     ),
     Row(
         "pai_guidance",

@@ -21,6 +21,7 @@ from vlmfix.hf.branching import Joint
 from vlmfix.hf.cache import BranchCache, BranchRows, StaticBranchCache
 from vlmfix.hf.lens import lens
 from vlmfix.hf.parts import Parts
+from vlmfix.hf.reader import Reader
 from vlmfix.hf.vision import class_row, on_tokens
 from vlmfix.layout import Layout
 from vlmfix.method import Step
@@ -86,6 +87,8 @@ class Request:
         self._packed = counterfactual if isinstance(counterfactual, PackedText) else None
         self._text_rows = isinstance(counterfactual, TextRows)
         self.tail: Tail | None = None
+        self.reader: Reader | None = None
+        self._read: Tensor | None = None
         self._tracer = Tracer(compiled.saliency_layers) if compiled.saliency_layers else None
         self._looked: tuple[Look, tuple[Plan, ...]] | None = None
         self.inputs: Mapping[str, Any] = {} if joint is None else joint.inputs
@@ -99,6 +102,8 @@ class Request:
         if late is not None and late.running:
             return kwargs
         cache = kwargs.get("past_key_values")
+        if self.reader is not None:
+            self._read = self._along(self.reader, kwargs, cache)
         if run is not None and self.steps == 0:
             if cache is None and kwargs.get("use_cache"):
                 kwargs = {**kwargs, "past_key_values": self.cache()}
@@ -135,6 +140,7 @@ class Request:
                 self._drop_text(run, output.get("past_key_values"))
         if method is not None and self.rows_rewritten:
             last, *branches = (block[:, -1].float() for block in blocks)
+            branches = branches if self._read is None else [self._read, *branches]
             taps = tuple(sorted(self.compiled.taps))
             notes = self.layers.notes.setdefault(OWN, {})
             saliency = self._saliency(last)
@@ -147,6 +153,14 @@ class Request:
             if self._tracer is not None:
                 self._tracer.stop(output.get("past_key_values"))
         return output
+
+    def _along(self, reader: Reader, kwargs: dict[str, Any], cache: Any) -> Tensor:
+        """Logits of the language model that reads along, for the tokens of this forward."""
+        if self.steps == 0:
+            return reader.start(BranchRun.rows(kwargs) // self.visible, keep=cache is not None)
+        if cache is None or cache.get_seq_length() == 0:
+            return reader.again(kwargs["input_ids"][:, self.prompt_length :])
+        return reader.follow(kwargs["input_ids"])
 
     def _saliency(self, logits: Tensor) -> Callable[[Tensor], Tensor] | None:
         tracer = self._tracer
@@ -202,6 +216,8 @@ class Request:
     def take(self, rows: Tensor) -> None:
         """Per-row state follows the rows of the cache, repeats allowed."""
         self.layers.take(rows)
+        if self.reader is not None:
+            self.reader.take(rows[: len(rows) // self.copies])
 
     # --- the decoder's forward ---------------------------------------------------------------------------------------
 

@@ -13,9 +13,11 @@ from vlmfix.errors import Refusal
 from vlmfix.hf import settings
 from vlmfix.hf.branching import Joint, join
 from vlmfix.hf.hooks import serving
-from vlmfix.hf.inputs import TOKEN_KEYS, Prompt, read
+from vlmfix.hf.inputs import TOKEN_KEYS, Prompt, edit, read
 from vlmfix.hf.parts import Parts
+from vlmfix.hf.reader import Reader
 from vlmfix.view import View
+from vlmfix.views.text import WithoutPictures
 
 
 def open_request(
@@ -33,6 +35,11 @@ def open_request(
     request = Request(parts, compiled, prompt.layout, joint, late, counterfactual)
     if joint is None and late is None:
         request.inputs = prompt.pictures
+    if compiled.reads is not None and request.rows_rewritten:
+        if prompt.ids is None:
+            raise Refusal("inputs_embeds hide the text that a language model of its own would read; pass input_ids")
+        rows = edit(parts, prompt, WithoutPictures()).ids
+        request.reader = Reader(compiled.reads, rows, prompt.ids.device)
     return request, prompt
 
 
@@ -68,7 +75,7 @@ def generate(
     """
     kwargs, config = settings.spelled_out(kwargs), parts.model.generation_config
     more_rows = compiled.without_pictures is not None and not compiled.packed
-    branches = compiled.late or bool(compiled.views) or more_rows
+    branches = compiled.late or bool(compiled.views) or more_rows or compiled.reads is not None
     settings.refuse(kwargs, branches, config, compiled.late, bool(compiled.saliency_layers))
     beams = settings.effective("num_beams", kwargs, config) or 1
     if compiled.decoding is not None and not compiled.decoding.beams and beams > 1:
@@ -78,7 +85,8 @@ def generate(
     room = request.extra_length and settings.effective("cache_implementation", kwargs, config) == "static"
     if request.copies > 1 and not request.parts.embeds:
         kwargs = _without_pictures_of(prompt, kwargs)
-    if (request.copies > 1 or room) and settings.effective("use_cache", kwargs, config) is not False:
+    own = request.copies > 1 or request.reader is not None or bool(room)
+    if own and settings.effective("use_cache", kwargs, config) is not False:
         kwargs = _own_cache(request, prompt, kwargs, config)
     with serving(request):
         return call(**kwargs), request

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from vlmfix.decoders.contrast import keep, plausible
-from vlmfix.errors import UsageError
+from vlmfix.errors import Refusal, UsageError
+from vlmfix.hf import reader
+from vlmfix.hf.reader import TextModel
 from vlmfix.method import DecodingMethod, Method, ModelFacts, Step, check_range
 from vlmfix.view import View
 from vlmfix.views.text import WithoutPictures
@@ -20,7 +22,7 @@ LEAST_LOG = -1e4
 
 @dataclass(frozen=True)
 class LCD(DecodingMethod):
-    """Language-Contrastive Decoding with the model's own language model.
+    """Language-Contrastive Decoding, with the model's own language model or another.
 
     "Mitigating Hallucinations in Large Vision-Language Models (LVLMs) via Language-Contrastive Decoding (LCD)", arXiv
     2408.04664: log_softmax((1 + a) l - a l') on the plausible set, a = alpha / H(l'), l' from the text alone.
@@ -31,28 +33,44 @@ class LCD(DecodingMethod):
         entropy: divide the weight by the text branch's entropy in nats (at least 0.01).
         variant: "reference" leaves the entropy without a floor and gives tokens that the text model lacks the
             probability 1, as the released code does.
+        lm: Hub id or folder of a text-only language model with the same tokenizer, which reads the text in a cache of
+            its own; the model itself, without pictures, by default.
     """
 
     alpha: float = 2.0
     beta: float = 0.1
     entropy: bool = True
     variant: Literal["paper", "reference"] = "paper"
+    lm: str | None = None
 
     def neutral(self) -> bool:
         """Neither contrast nor mask."""
         return self.alpha == 0 and self.beta == 0
 
     def resolve(self, facts: ModelFacts) -> Method:
-        """Checks the ranges."""
+        """Checks the ranges, and the vocabulary of a language model of its own.
+
+        Raises:
+            Refusal: the vocabularies differ, or there is no processor to compare them by.
+            UsageError: the language model cannot be loaded.
+        """
         check_range(self, "alpha", 0, 100)
         check_range(self, "beta", 0, 1)
         if self.variant not in ("paper", "reference"):
             raise UsageError(f"lcd(variant={self.variant!r}): give 'paper' or 'reference'")
+        if self.lm is not None and self.alpha:
+            if facts.rendering is None:
+                raise Refusal(f"lcd(lm={self.lm}) needs the processor to compare vocabularies; give the processor")
+            reader.load(self.lm).check(facts.rendering.vocabulary())
         return self
 
     def branches(self) -> tuple[View, ...]:
-        """The same text without pictures."""
-        return (WithoutPictures(),) if self.alpha else ()
+        """The same text without pictures, unless another model reads it."""
+        return (WithoutPictures(),) if self.alpha and self.lm is None else ()
+
+    def reads(self) -> TextModel | None:
+        """The language model of its own."""
+        return reader.load(self.lm) if self.alpha and self.lm is not None else None
 
     def scores(self, logits: Tensor, step: Step) -> Tensor:
         """Log-probabilities, contrasted per row and renormalised."""
