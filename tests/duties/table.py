@@ -30,6 +30,14 @@ WHOLE = (
     *("llava", "vipllava", "paligemma", "gemma3", "mistral3", "got_ocr2", "instructblip", "blip-2", "chameleon"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "deepseek_vl", "janus"),
 )
+GROWING = (
+    *("llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    *("qwen3_vl_moe", "internvl", "idefics2", "idefics3", "smolvlm", "paligemma", "gemma3", "gemma4", "mistral3"),
+    *("got_ocr2", "instructblip", "blip-2", "aya_vision", "cohere2_vision", "chameleon", "deepseek_vl", "fuyu", "glm4v"),
+    *("janus", "molmo2", "ovis2", "video_llama_3"),
+)
+"""Families whose caches only grow: no running states, no chunks."""
+
 COLOURS = "colours=((0.5,0.5,0.5),(0.5,0.5,0.5))"
 
 TABLE = {
@@ -70,4 +78,5 @@ TABLE = {
     "dola": Strength("dola(beta=0)", None, None),
     "deco": Strength("deco(top_p=1)", None, "deco(alpha=0)"),
     "sgrs": Strength("sgrs(alpha=2)", None, None),
+    "opera": Strength("opera(alpha=5,candidates=4,num_beams=3)", None, None, GROWING),
 }
