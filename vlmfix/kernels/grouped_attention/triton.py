@@ -242,9 +242,9 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, kinds: int) -> tuple[int, int, dict
     n_kv, keys = k.shape[1], k.shape[2]
     rows = queries * (heads // n_kv) * kinds
     wide = max(size, v.shape[3]) * q.element_size()
-    tile = power_of_two(min(rows, 64), 16)
+    tile = power_of_two(min(rows, 64 if q.element_size() == 2 else 32), 16)
     step = 16 if INTERPRETED else max(16, min(64, 16384 // power_of_two(wide)))
-    slots = 2 * multiprocessors(q.device.index)
+    slots = 3 * multiprocessors(q.device.index)
     work = batch * n_kv * triton.cdiv(rows, tile)
     splits = max(1, min(triton.cdiv(keys, step), max(slots // work, min(4 * slots // work, keys // 512))))
     return rows, splits, {"M": tile, "N": step, "num_warps": 4, "num_stages": 3 if wide <= 256 else 2}
