@@ -33,8 +33,8 @@ WHOLE = (
 GROWING = (
     *("llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
     *("qwen3_vl_moe", "internvl", "idefics2", "idefics3", "smolvlm", "paligemma", "gemma3", "gemma4", "mistral3"),
-    *("got_ocr2", "instructblip", "blip-2", "aya_vision", "cohere2_vision", "chameleon", "deepseek_vl", "fuyu", "glm4v"),
-    *("janus", "molmo2", "ovis2", "video_llama_3"),
+    *("got_ocr2", "instructblip", "blip-2", "aya_vision", "cohere2_vision", "chameleon", "deepseek_vl", "fuyu"),
+    *("glm4v", "janus", "molmo2", "ovis2", "video_llama_3"),
 )
 """Families whose caches only grow: no running states, no chunks."""
 
@@ -49,6 +49,10 @@ TABLE = {
     "fia": Strength("fia(alpha=1.5,beta=1.5)", "fia(alpha=1e-12,beta=1e-12)", "fia(alpha=0,beta=0)", CLASS_TOKENS),
     "vhr": Strength("vhr", "vhr(alpha=1.0000001)", "vhr(alpha=1)"),
     "vhr_local": Strength("vhr_local", "vhr_local(alpha=1.0000001)", "vhr_local(alpha=1)"),
+    "gift": Strength("gift", "gift(alpha=1e-12)", "gift(alpha=0)"),
+    "vasparse_attention": Strength(
+        "vasparse_attention(beta=1)", "vasparse_attention(beta=1e-12)", "vasparse_attention(beta=0)"
+    ),
     "vcd": Strength("vcd(alpha=0.5,beta=0)", "vcd(alpha=1e-12,beta=0)", "vcd(alpha=0,beta=0)"),
     "m3id": Strength("m3id(beta=0,forget_rate=0.05)", "m3id(beta=0,forget_rate=1e-12)", "m3id(forget_rate=0,beta=0)"),
     "icd": Strength(f"icd(alpha=0.5,beta=0,{WORDS})", f"icd(alpha=1e-12,beta=0,{WORDS})", "icd(alpha=0,beta=0)"),
