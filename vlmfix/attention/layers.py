@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlmfix.attention.compiled import Compiled
 from vlmfix.attention.counterfactual import PackedText, TextRows
@@ -45,6 +46,7 @@ class Layers:
         self.tapped: dict[int, Tensor] = {}
         self.notes: dict[int, dict[str, Tensor]] = {}
         self.seen: dict[int, Tensor] = {}
+        self.ids: Tensor | None = None
         self._prefilling = True
         self._hidden: dict[int, Tensor] = {}
         self._plans: dict[int, tuple[Plan, ...]] = {}
@@ -82,6 +84,7 @@ class Layers:
         self._memory = {k: {name: change(t) for name, t in notes.items()} for k, notes in self._memory.items()}
         self.notes = {k: {name: change(t) for name, t in notes.items()} for k, notes in self.notes.items()}
         self.seen = {k: change(t) for k, t in self.seen.items()}
+        self.ids = None if self.ids is None else change(self.ids)
 
     def repeat(self, repeats: int) -> None:
         """Every row several times in place."""
@@ -103,6 +106,12 @@ class Layers:
             self._hidden[layer] = hidden
         if layer in self.compiled.taps:
             self.tapped[layer] = hidden[:, -1]
+
+    @property
+    def splits(self) -> bool:
+        """Whether a method that acts on any row needs the last prompt token to run by itself."""
+        depth, methods = self.compiled.facts.depth, enumerate(self.compiled.attention)
+        return any(i in self._acting and method.splits_prefill(depth) for i, method in methods)
 
     def visit(self, layer: int, look: Look) -> tuple[tuple[Plan, ...], int]:
         """Plans of a layer and the first query position any of them changes.
@@ -185,7 +194,7 @@ class Layers:
         memory = self._memory.setdefault((index, layer), {})
         notes = self.notes.setdefault(index, {})
         facts = self.compiled.facts
-        return LayerContext(layer, self.layout, query.shape[1], hidden, past, memory, notes, facts, self.seen)
+        return LayerContext(layer, self.layout, query.shape[1], hidden, past, memory, notes, facts, self.seen, self.ids)
 
 
 def _rowwise(value: Any, change: Any) -> Any:
@@ -207,16 +216,19 @@ def _aligned(plans: list[Plan]) -> tuple[Plan, ...]:
     if len({plan.groups.shape[1] for plan in plans}) < 2:
         return tuple(plans)
     length = max(plan.groups.shape[1] for plan in plans)
-    fills = {"groups": 0, "key_slope": 1, "key_weight": 0}
-    out = []
-    for plan in plans:
-        tables = {name: (getattr(plan, name), fill) for name, fill in fills.items()}
-        out.append(replace(plan, **{name: _filled(t, length, fill) for name, (t, fill) in tables.items()}))
-    return tuple(out)
+    return tuple(
+        replace(
+            plan,
+            groups=pad(plan.groups, (0, length - plan.groups.shape[1])),
+            key_slope=_filled(plan.key_slope, length, 1),
+            key_weight=_filled(plan.key_weight, length, 0),
+        )
+        for plan in plans
+    )
 
 
 def _filled(table: Tensor | None, length: int, fill: int) -> Tensor | None:
-    return None if table is None else torch.nn.functional.pad(table, (0, length - table.shape[-1]), value=fill)
+    return None if table is None else pad(table, (0, length - table.shape[-1]), value=fill)
 
 
 def _stacked(upper: dict[Any, dict[str, Tensor]], lower: dict[Any, dict[str, Tensor]]) -> dict[Any, dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from vlmfix.attention.counterfactual import PackedText, TextRows
 from vlmfix.attention.late import LatePrompt
 from vlmfix.attention.layers import Layers
 from vlmfix.attention.saliency import Tracer, score
+from vlmfix.attention.split import SplitPrefill
 from vlmfix.errors import Refusal
 from vlmfix.hf import encoding
 from vlmfix.hf.attend import Look, Tail
@@ -89,9 +90,11 @@ class Request:
         self.tail: Tail | None = None
         self.reader: Reader | None = None
         self._read: Tensor | None = None
+        self._split = SplitPrefill(parts, self.cache) if self.layers.splits else None
         self._tracer = Tracer(compiled.saliency_layers) if compiled.saliency_layers else None
         self._looked: tuple[Look, tuple[Plan, ...]] | None = None
         self.inputs: Mapping[str, Any] = {} if joint is None else joint.inputs
+        self.layers.ids = None if joint is None else joint.inputs.get("input_ids")
         self._class_rows: dict[int, Tensor] = {}
 
     # --- the model's forward -----------------------------------------------------------------------------------------
@@ -114,6 +117,8 @@ class Request:
         if self._packed is not None and self.steps == 0:
             kwargs = self._packed.before(kwargs, branches=run is not None)
             self.tail = self._packed.tail
+        if self._split is not None:
+            kwargs = self._split.before(kwargs, self.layers.layout, frozenset(self.inputs))
         return kwargs
 
     def after(self, output: Any) -> Any:
@@ -122,6 +127,8 @@ class Request:
         if self._packed is not None and self.tail is not None:
             self._packed.after(output)
             self.tail = None
+        if self._split is not None:
+            output = self._split.after(output)
         if self._late is not None and self.steps == 0:
             if self._late.running:
                 return output

@@ -34,7 +34,7 @@ def open_request(
         counterfactual, joint = _without_pictures(parts, compiled, prompt, view, joint, late)
     request = Request(parts, compiled, prompt.layout, joint, late, counterfactual)
     if joint is None and late is None:
-        request.inputs = prompt.pictures
+        request.inputs, request.layers.ids = prompt.pictures, prompt.ids
     if compiled.reads is not None and request.rows_rewritten:
         if prompt.ids is None:
             raise Refusal("inputs_embeds hide the text that a language model of its own would read; pass input_ids")
