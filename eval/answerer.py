@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
-from ..errors import Refusal, UsageError
+from PIL import Image
+
+from ..errors import Refusal
 from .base import Item
 from .baselines import Arm
 from .store import Record
@@ -17,6 +20,8 @@ Placebo = Callable[[str, str, int], Any]
 """(recipe text, kind of placebo, seed) -> the recipe that does it."""
 
 _RUN_ONLY = ("placebo", "placebo_seed")
+_OF_THE_BATCH = ("visual_tokens", "pictures")
+"""Lists over a batch's rows in a report; a record has its own row's number of visual tokens."""
 
 
 class VlmAnswerer:
@@ -29,21 +34,37 @@ class VlmAnswerer:
 
     def __init__(self, vlm: Any, name: str = "") -> None:
         self.vlm = vlm
+        self._other: Callable[[str], Any] | None = None
         self.name = name or str(getattr(vlm.model.config, "_name_or_path", "") or type(vlm.model).__name__)
 
     def answer(self, items: Sequence[Item], images: Sequence[Any], settings: Mapping[str, Any]) -> list[Record]:
         """See `runner.Answerer`; `eos_bias` becomes a bias of the end tokens."""
         generation = {key: value for key, value in settings.items() if key not in _RUN_ONLY}
-        if "system" in generation and "system" not in inspect.signature(self.vlm.answer).parameters:
-            raise UsageError("this model's answer takes no system prompt; use the picture protocol hf")
         if bias := generation.pop("eos_bias", 0.0):
             generation["sequence_bias"] = [[[token], float(bias)] for token in self._ends()]
         memory = _Memory(getattr(self.vlm.model, "device", None))
-        answers = self.vlm.answer(
-            list(images), [item.prompt for item in items], ids=[item.id for item in items], details=True, **generation
-        )
+        prompts, ids = [item.prompt for item in items], [item.id for item in items]
+        with self._others_of(items):
+            answers = self.vlm.answer(list(images), prompts, ids=ids, details=True, **generation)
         peak = memory.peak()
         return [self._record(item, answer, peak) for item, answer in zip(items, answers, strict=True)]
+
+    def show_others(self, other: Callable[[str], Any]) -> None:
+        """Lets the branches of the placebo `other-picture` see other pictures.
+
+        Args:
+            other: picture name -> the picture (or file) shown instead.
+        """
+        self._other = other
+
+    def _others_of(self, items: Sequence[Item]) -> AbstractContextManager[None]:
+        if self._other is None:
+            return nullcontext()
+        from ..decoders.placebo import showing
+        from ..pictures import load
+
+        found = [self._other(item.image) for item in items]
+        return showing([load(each) if isinstance(each, (str, Path)) else each for each in found])
 
     def close(self) -> None:
         """Restores the model."""
@@ -73,11 +94,8 @@ class VlmAnswerer:
     def _record(self, item: Item, answer: Any, peak: int | None) -> Record:
         record: Record = {"id": item.id, "image": item.image, "prompt": item.prompt, "text": answer.text}
         record |= {"recipe": str(self.vlm.recipe), "tokens": answer.tokens, "seconds": answer.seconds}
-        record |= {"extra_rows": answer.report.get("branches", 0), "report": answer.report}
-        for key in ("margin", "prefill_seconds"):
-            value = answer.evidence.get(key, getattr(answer, key, None))
-            if value is not None:
-                record[key] = float(value)
+        report = {key: value for key, value in answer.report.items() if key not in _OF_THE_BATCH}
+        record |= {"extra_rows": answer.report.get("branches", 0), "report": report, **answer.evidence}
         return record | ({"peak_bytes": peak} if peak is not None else {})
 
     def _ends(self) -> list[int]:
@@ -92,7 +110,7 @@ class Opener:
 
     Args:
         model: Hub id, folder or `pico`.
-        placebo: makes placebo recipes; placebo arms are refused without it.
+        placebo: makes placebo recipes; those of `decoders.placebo` by default.
         load: further keywords of `vlmfix.load`.
     """
 
@@ -108,18 +126,38 @@ class Opener:
         """
         from ..api import load, wrap
 
-        recipe: Any = arm.recipe
-        if kind := arm.settings.get("placebo"):
-            if self.placebo is None:
-                raise Refusal(f"{arm.name}: the placebo {kind!r} is not available for this recipe; leave it out")
-            recipe = self.placebo(arm.recipe, kind, arm.settings.get("placebo_seed", 0))
         if self._plain is None:
             options = dict(self.load)
             if not {"device", "device_map"} & set(options):
                 options["device"] = world().device()
             with alone():
                 self._plain = load(self.model, **options)
-        return VlmAnswerer(wrap(self._plain.model, self._plain.processor, recipe), self.model)
+        recipe: Any = arm.recipe
+        if kind := arm.settings.get("placebo"):
+            recipe = self._placebo(arm.recipe, kind, arm.settings.get("placebo_seed", 0))
+        answerer = VlmAnswerer(wrap(self._plain.model, self._plain.processor, recipe), self.model)
+        if kind:
+            _try(answerer)
+        return answerer
+
+    def _placebo(self, recipe: str, kind: str, seed: int) -> Any:
+        if self.placebo is not None:
+            return self.placebo(recipe, kind, seed)
+        from ..decoders.placebo import placebo
+        from ..presets import preset
+
+        return placebo(recipe, kind, seed, preset(str(getattr(self._plain.model.config, "_name_or_path", ""))))
+
+
+def _try(answerer: VlmAnswerer) -> None:
+    """Asks one question, so that a placebo that would change nothing is refused before the first item."""
+    picture = Image.effect_noise((64, 64), 64).convert("RGB")
+    answerer.show_others(lambda name: picture)
+    try:
+        answerer.answer([Item("try", "", "Is there a cat in the image?")], [picture], {"max_new_tokens": 1})
+    except Exception:
+        answerer.close()
+        raise
 
 
 class _Memory:

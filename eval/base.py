@@ -35,8 +35,8 @@ class Item:
 class Score:
     """What a scorer returns: per-item columns, and metrics that are functions of the columns' sums.
 
-    Every figure of a table, its bootstrap interval and every paired difference come from the same sums, so a scorer never has to know
-    about statistics.
+    Every figure of a table, its bootstrap interval and every paired difference come from the same sums, so a scorer
+    never has to know about statistics.
 
     Args:
         ids: item ids, in the order of the rows of `values`.
@@ -44,7 +44,8 @@ class Score:
         columns: names of the columns of `values`.
         values: [items, columns] float64.
         metrics: name -> function of column sums; the first is the headline.
-        problems: every item that was not scored as usual, named: duplicates, missing pictures, empty or unparsed answers.
+        problems: every item that was not scored as usual, named: duplicates, missing pictures, empty or unparsed
+            answers.
         details: per-item extras for reports (character spans of counted objects, parsed answer).
     """
 

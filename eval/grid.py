@@ -13,6 +13,8 @@ from ..errors import UsageError, nearest
 from .baselines import GREEDY, NO_CONTRAST, PLACEBOS, Arm, controls, methods_of, placebos, split, trivial
 
 CONTROLS = ("trivial", "placebo")
+FIRST = ("var", "vcd", "m3id")
+"""Methods that lead where all are asked for."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Grid:
 
     Args:
         benchmarks: name -> options of the benchmark.
-        methods: recipe texts, a list or one text with `;` between; `greedy` need not be given.
+        methods: recipe texts, a list or one text with `;` between; `greedy` need not be given, `all` stands for every
+            registered method at its defaults.
         model: Hub id, folder or `pico`.
         images: folder of the pictures.
         protocol: picture protocol, `hf` or `paper`.
@@ -109,9 +112,17 @@ def parse(data: Mapping[str, Any]) -> Grid:
     values["benchmarks"] = {name: {**own, **options.get(name, {})} for name, own in given.items()}
     if isinstance(values.get("methods"), str):
         values["methods"] = [text.strip() for text in split(values["methods"], ";") if text.strip()]
+    values["methods"] = named(values.get("methods", ()))
     if isinstance(values.get("seeds"), int):
         values["seeds"] = list(range(values["seeds"]))
     return Grid(**values)
+
+
+def named(methods: Sequence[str]) -> list[str]:
+    """Recipe texts with `all` replaced by every registered method that does something, `FIRST` leading."""
+    names = [row.name for row in registry.ROWS if row.kind != "plain"]
+    every = [*(name for name in FIRST if name in names), *(name for name in names if name not in FIRST)]
+    return list(dict.fromkeys(text for given in methods for text in (every if given == "all" else [given])))
 
 
 def contrastive() -> dict[str, str]:
@@ -136,14 +147,12 @@ def arms(grid: Grid, captions: bool, contrastive: Mapping[str, str], offset: flo
     rows = [GREEDY, *controls(recipes, contrastive)]
     if "trivial" in grid.controls:
         rows += trivial(captions, offset=offset)
+    decoding = {row.name for row in registry.ROWS if row.kind != "attention"}
     for recipe in recipes:
         rows.append(Arm(recipe, "method", recipe))
         if "placebo" in grid.controls:
-            kinds = ["other-picture"] if set(methods_of(recipe)) & set(contrastive) else []
-            kinds += (
-                [kind for kind in PLACEBOS if kind != "other-picture"]
-                if set(methods_of(recipe)) - set(contrastive)
-                else []
-            )
+            names = set(methods_of(recipe))
+            kinds = ["other-picture"] if names & set(contrastive) else []
+            kinds += [kind for kind in PLACEBOS if kind != "other-picture"] if names - decoding else []
             rows += placebos(recipe, kinds)
     return rows

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import benchmarks, bundle, compare, figures, suite
+from ..errors import UsageError
+from . import benchmarks, bundle, compare, figures, stored, suite
 from . import table as tables
 from .baselines import GREEDY, Arm
 from .benchmarks import Benchmark
@@ -45,18 +46,58 @@ class Result:
         comparison: its table.
         rows: the answers behind it.
         files: what was written.
+        missing: row -> why it is not in the table.
     """
 
     comparison: compare.Comparison
     rows: Sequence[Answered]
     files: Sequence[Path]
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+ORDER = {"reference": 0, "method": 1, "control": 2, "baseline": 3}
+"""Kinds of rows in the order in which they are answered; others come last."""
+KEPT = 0.9
+"""Share of items that a row must answer to stand in the table, since rows are compared on the items of all."""
+
+
+def answer(
+    grid: Grid,
+    name: str,
+    arms: Sequence[Arm],
+    open: suite.Open,
+    out: str | Path,
+    *,
+    pictures: Callable[[str], Any] | None = None,
+    retry_errors: bool = False,
+    progress: suite.Progress | None = None,
+    load: Callable[..., Benchmark] = benchmarks.load,
+) -> tuple[list[suite.Run], dict[str, str]]:
+    """Answers one benchmark, this process's share; arguments as in `table`.
+
+    Returns:
+        The runs, and per row that cannot act on the model the reason.
+    """
+    refused: dict[str, str] = {}
+    runs = suite.run(
+        grid,
+        load(name, **grid.benchmarks[name]),
+        sorted(arms, key=lambda arm: ORDER.get(arm.kind, len(ORDER))),
+        open,
+        Path(out) / "answers",
+        pictures=pictures,
+        retry_errors=retry_errors,
+        progress=progress,
+        refused=refused,
+    )
+    return runs, refused
 
 
 def table(
     grid: Grid,
     name: str,
     arms: Sequence[Arm],
-    open: suite.Open,
+    open: suite.Open | None,
     out: str | Path,
     *,
     add: Mapping[str, str | Path] | None = None,
@@ -73,7 +114,7 @@ def table(
         grid: the grid.
         name: one of its benchmarks.
         arms: the rows, greedy first; see `grid.arms`.
-        open: gives the answerer of an arm; see `answerer.Opener`.
+        open: gives the answerer of an arm; see `answerer.Opener`. None to answer nothing and read what `out` holds.
         out: folder; answers lie in `answers/`, the table in a folder called after the benchmark.
         add: row name -> file of foreign answers.
         bundle_to: zip file to write.
@@ -88,28 +129,47 @@ def table(
     """
     options = grid.benchmarks[name]
     benchmark, place = load(name, **options), Path(out)
-    runs = suite.run(
-        grid,
-        benchmark,
-        arms,
-        open,
-        place / "answers",
-        pictures=pictures,
-        retry_errors=retry_errors,
-        progress=progress,
-    )
+    if open is None:
+        runs, missing = stored.runs(grid, benchmark, arms, place / "answers")
+    else:
+        runs, missing = answer(
+            grid,
+            name,
+            arms,
+            open,
+            out,
+            pictures=pictures,
+            retry_errors=retry_errors,
+            progress=progress,
+            load=load,
+        )
     if world().rank:
         return None
     foreign = {label: read_answers(path, Problems()) for label, path in (add or {}).items()}
-    rows = collect(grid, benchmark, arms, runs, foreign)
+    rows = collect(grid, benchmark, [arm for arm in arms if arm.name not in missing], runs, foreign)
+    rows = [each for each in rows if each.kind == "reference" or not _failed(each, missing)]
+    if not rows[0].answers[0]:
+        raise UsageError(f"greedy answered nothing: {'; '.join(rows[0].notes)}")
     made = [row(benchmark, each) for each in rows]
     comparison = compare.compare(benchmark.label, made, bounds=bounds)
-    files = suite.write(comparison, place / name, grid.columns)
+    absent = [f"not in the table, {label}: {reason}" for label, reason in missing.items()]
+    comparison = replace(comparison, notes=[*comparison.notes, *absent])
+    columns = grid.columns if len(grid.benchmarks) == 1 else [x for x in grid.columns if x in comparison.metrics]
+    files = suite.write(comparison, place / name, columns)
     if bundle_to:
-        built = tables.build(comparison, list(grid.columns) or None)
+        built = tables.build(comparison, list(columns) or None)
         texts = {"table.md": tables.markdown(built), "table.json": tables.as_json(comparison)}
         files = [*files, bundle.write(bundle_to, name, options, rows, texts, load)]
-    return Result(comparison, rows, files)
+    return Result(comparison, rows, files, missing)
+
+
+def _failed(answered: Answered, missing: dict[str, str]) -> bool:
+    """Whether a row has too few answers to be compared; the reason is noted."""
+    least = min(map(len, answered.answers), default=0)
+    if least >= KEPT * len(answered.asked):
+        return False
+    missing[answered.name] = f"{least} of {len(answered.asked)} items answered; {'; '.join(answered.notes)}"
+    return True
 
 
 def frontier(

@@ -15,6 +15,11 @@ from .world import World, shard, world
 GIVE_UP = 16
 """So many items in a row that fail with one and the same message end a run: the model is broken, not the items."""
 
+
+class GaveUp(VlmfixError):  # noqa: N818 - it says what the run did
+    """So many items failed alike that the recipe, not the items, must be at fault."""
+
+
 Pictures = Callable[[str], Any]
 """Picture name of an item -> what the answerer takes (a PIL image, a path)."""
 
@@ -104,7 +109,8 @@ def evaluate(
         progress: called with done and all items of this process after every batch.
 
     Raises:
-        VlmfixError: if many items in a row fail alike, the answerer breaks its contract or the disk is full.
+        GaveUp: if many items in a row fail alike.
+        VlmfixError: if the answerer breaks its contract or the disk is full.
     """
     started, settings = time.perf_counter(), dict(settings or {})
     mine = shard(chosen(items, limit), within or world())
@@ -211,7 +217,7 @@ class _Failures:
             self.count = self.count + 1 if message and message == self.message else int(bool(message))
             self.message = message
         if self.count >= GIVE_UP:
-            raise VlmfixError(
+            raise GaveUp(
                 f"{self.count} items in a row failed with: {self.message}; mend it and start again with --retry-errors"
             )
 

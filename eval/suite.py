@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import UsageError
-from . import compare, figures, protocol, table
+from ..errors import Refusal, UsageError
+from . import compare, figures, protocol, stored, table
 from .base import Item
-from .baselines import Arm
+from .baselines import Arm, other_pictures
 from .benchmarks import Benchmark
 from .benchmarks.answers import pictures as find_pictures
 from .benchmarks.files import Problems
 from .grid import Grid
-from .runner import Answerer, Estimate, Outcome, estimate, evaluate
+from .runner import Answerer, Estimate, GaveUp, Outcome, estimate, evaluate
 from .spec import Spec, hash_questions, hash_truth
 from .store import Store
 from .world import world
@@ -76,6 +76,7 @@ def run(
     retry_errors: bool = False,
     dry: bool = False,
     progress: Progress | None = None,
+    refused: dict[str, str] | None = None,
 ) -> list[Run]:
     """Answers a benchmark with every arm that needs the model; each run has a folder named by its hash.
 
@@ -90,6 +91,8 @@ def run(
         retry_errors: whether failed items are asked again.
         dry: only estimate.
         progress: told after every batch.
+        refused: takes, for arms that cannot act on the model or fail on every item, the reason; without it, and for
+            the reference, that is an error.
     """
     plain = benchmark.items()
     pictures = pictures or folder(grid.images, plain)
@@ -98,7 +101,13 @@ def run(
     for arm in arms:
         if arm.derive:
             continue
-        answerer = open(arm)
+        try:
+            answerer = open(arm)
+        except Refusal as error:
+            if refused is None or arm.kind == "reference":
+                raise
+            refused[arm.name] = str(error)
+            continue
         described = answerer.describe()
         grade, family = str(described.pop("grade", "")), str(described.pop("family", ""))
         frame = protocol.find(grid.protocol, family)
@@ -124,18 +133,33 @@ def run(
             how: dict[str, Any] = {"pictures": opened, "batch_size": grid.batch_size, "limit": grid.limit}
             how["settings"] = settings if seed is None else {**settings, "seed": seed}
             part = items if only is None else [item for item in items if item.id in only]
+            if arm.settings.get("placebo") == "other-picture":
+                answerer.show_others(others(plain, int(arm.settings.get("placebo_seed", 0)), opened))  # type: ignore[attr-defined]
             if dry:
                 done = made.store.done(retry_errors)
                 found = estimate(part, answerer, done=done, processes=world().size, **how)
                 runs.append(replace(made, estimate=found))
                 continue
             spec.write(place)
-            with made.store:
-                told = (lambda done, total, name=arm.name: progress(name, done, total)) if progress else None
-                outcome = evaluate(part, answerer, made.store, retry_errors=retry_errors, progress=told, **how)
+            stored.note(place, spec, asdict(arm), grade, suffix)
+            told = (lambda done, total, name=arm.name: progress(name, done, total)) if progress else None
+            try:
+                with made.store:
+                    outcome = evaluate(part, answerer, made.store, retry_errors=retry_errors, progress=told, **how)
+            except GaveUp as error:
+                if refused is None or arm.kind == "reference":
+                    raise
+                refused[arm.name] = str(error)
+                break
             runs.append(replace(made, outcome=outcome))
         getattr(answerer, "close", lambda: None)()
     return runs
+
+
+def others(items: Sequence[Item], seed: int, opened: Callable[[str], Any] | None) -> Callable[[str], Any]:
+    """Opens, for a picture's name, the picture of another item."""
+    other = other_pictures(items, seed)
+    return lambda name: opened(other[name]) if opened else other[name]
 
 
 def folder(images: str, items: Sequence[Item]) -> Callable[[str], Any] | None:

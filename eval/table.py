@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ ALWAYS = (
     "ms_per_token", "prefill_ms", "peak_mib", "extra_rows",
 )  # fmt: skip
 """Guard columns of every table, blank where a benchmark lacks them."""
+_GUARDS = frozenset((*ALWAYS, "distinct_1", "rep_1"))
 _UNDEFINED = "undefined"
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
     c: f"\\{c}" for c in "&%$#_{}"
@@ -126,14 +127,33 @@ def rich_table(table: Table) -> RichTable:
     result = RichTable(title=table.title, caption="\n".join([*table.notes, *(f"⚠ {w}" for w in table.warnings)]))
     result.caption_justify = "left"
     for place, head in enumerate(table.heads):
-        result.add_column(head, justify="left" if place < 3 else "right", overflow="fold")
+        words = head in ("method", "kind", "evidence")
+        result.add_column(head, justify="left" if words else "right", overflow="fold", no_wrap=place > 0)
     for row in table.rows:
         cells = []
         for entry in row:
             text = Text(_marked(entry, "", ""), style={"better": "bold green", "worse": "red"}.get(entry.verdict, ""))
-            cells.append(text + Text(f"\n{entry.change}", style="dim") if entry.change else text)
+            change = entry.change.strip("()").replace(" [", "\n[").replace(", ", " ")
+            cells.append(text + Text(f"\n{change}", style="dim") if change else text)
         result.add_row(*cells)
     return result
+
+
+def halves(table: Table) -> tuple[Table, Table]:
+    """A table in two that fit on a terminal: the benchmark's metrics, then the guard columns with the notes."""
+    guards = [place for place, head in enumerate(table.heads) if head in _GUARDS and place > 2]
+    front = [place for place in range(len(table.heads)) if place not in guards]
+    first, second = (
+        Table(
+            table.title,
+            [table.heads[place] for place in kept],
+            [[row[place] for place in kept] for row in table.rows],
+            (),
+            (),
+        )
+        for kept in (front, [0, *guards])
+    )
+    return first, replace(second, title="guards and cost", notes=table.notes, warnings=table.warnings)
 
 
 def as_json(comparison: Comparison) -> str:

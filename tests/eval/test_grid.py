@@ -259,20 +259,8 @@ def test_a_real_model_answers_and_describes_itself(checkpoint, tmp_path):
     first, second = (run.store.records()[0] for run in runs)
     assert first["tokens"] == 4
     assert second["tokens"] == 1  # the biased end token comes at once
-    with pytest.raises(Refusal, match="placebo 'heads' is not available"):
+    with pytest.raises(Refusal, match="greedy: the placebo heads needs an attention method"):
         open_(Arm("p", "placebo", "greedy", settings={"placebo": "heads"}))
-
-
-def test_a_system_prompt_that_cannot_be_placed_is_refused():
-    class Vlm:
-        class model:  # noqa: N801
-            config = type("Config", (), {"_name_or_path": "x"})()
-
-        def answer(self, images, prompts, ids=None, details=False, max_new_tokens=1):
-            return []
-
-    with pytest.raises(UsageError, match="takes no system prompt"):
-        VlmAnswerer(Vlm()).answer([], [], {"system": "You are"})
 
 
 def test_score_type_is_what_the_suite_joins():
