@@ -26,12 +26,19 @@ class BranchRun:
         self.prompt_length = prompt_length
         self.repeats = 1
         self._mask = joint.mask
+        self._padded = not bool(joint.mask.all())
         self._last = joint.positions[..., -1:]
 
     def first(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The prefill: one row per sample and branch, however often generate has repeated them."""
         self.repeats = self.rows(kwargs) // self.joint.visible
-        return {**self.rest(kwargs, self.joint.inputs), **self.joint.inputs}
+        mask = {"attention_mask": self._given}
+        return {**self.rest(kwargs, self.joint.inputs), **self.joint.inputs, **mask}
+
+    @property
+    def _given(self) -> Tensor | None:
+        """The mask as the model gets it: none where nothing is padded, so that it need not look at it at every step."""
+        return self._mask if self._padded else None
 
     def again(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without a cache: the whole joint prompt again, with the tokens generated so far.
@@ -69,7 +76,7 @@ class BranchRun:
         for key in TOKEN_KEYS:
             if isinstance(out.get(key), Tensor):
                 out[key] = out[key][:, -ids.shape[1] :].repeat(self.joint.copies, 1)
-        return {**out, "input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
+        return {**out, "input_ids": ids, "attention_mask": self._given, "position_ids": positions}
 
     def spread(self, output: Any) -> Tensor:
         """After a prefill: logits, cache, masks and positions repeated for beams or return sequences."""

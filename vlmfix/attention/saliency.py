@@ -94,7 +94,7 @@ def direction(logits: Tensor, candidates: Tensor) -> Tensor:
     Returns:
         [C, B, V].
     """
-    chosen = torch.nn.functional.one_hot(candidates.T, logits.shape[-1]).bool()
+    chosen = candidates.T[..., None] == torch.arange(logits.shape[-1], device=logits.device)
     others = logits[None].masked_fill(chosen, float("-inf")).softmax(-1)
     return others.masked_fill(chosen, -1.0)
 
