@@ -112,11 +112,7 @@ def main() -> None:
     report = {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "vlmfix": vlmfix.__version__,
-        },
+        "versions": versions,
         "shape": options.shape,
         "rows": {name: {**row, "ratio": row["questions_per_second"] / base} for name, row in rows.items()},
     }

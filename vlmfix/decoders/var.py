@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.errors import Refusal, UsageError
+from vlmfix.kernels.rules import FusedRule
 from vlmfix.method import AttentionMethod, LayerContext, LayerSpec, Method, ModelFacts, check_range, resolve_layers
 from vlmfix.plan import Plan
 
@@ -87,12 +88,12 @@ class VAR(AttentionMethod):
         layout = context.layout
         sinks = self._sinks(context)
         visual = layout.visual
-        has_sink = (visual & sinks).any(1)
-        if not bool(has_sink.any()):
+        n_sinks = (visual & sinks).sum(1)
+        if not bool(n_sinks.any()):
             return None
         groups = torch.where(visual, VISUAL, REST)
         groups = torch.where(sinks, torch.where(visual, VISUAL_SINK, TEXT_SINK), groups).to(torch.uint8)
-        rule = Redistribute(layout.n_visual, has_sink, self.move_fraction, self.keep_ratio, self.min_mass)
+        rule = redistribute(layout.n_visual, n_sinks, self.move_fraction, self.keep_ratio, self.min_mass)
         return Plan(groups, 4, active_from=layout.after_visual, rule=rule)
 
     def _sinks(self, context: LayerContext) -> Tensor:
@@ -108,35 +109,18 @@ class VAR(AttentionMethod):
         return sinks
 
 
-@dataclass(frozen=True)
-class Redistribute:
-    """Factors of the groups (rest, visual, visual sink, text sink) from their masses; section 3 of the paper.
+def redistribute(n_visual: Tensor, n_sinks: Tensor, move: float, keep: float, min_mass: float) -> FusedRule:
+    """The paper's factors of the groups (rest, visual, visual sink, text sink), as a rule the kernels can inline.
 
     Args:
         n_visual: [B] number of visual tokens.
-        has_sink: [B] whether any visual token is a sink.
+        n_sinks: [B] number of visual sinks.
         move: fraction taken from sinks.
         keep: smallest non-sink share of the visual mass.
         min_mass: smallest visual mass.
     """
-
-    n_visual: Tensor
-    has_sink: Tensor
-    move: float
-    keep: float
-    min_mass: float
-
-    def __call__(self, masses: Tensor) -> Tensor:
-        """[B, H, Q, 4] masses -> factors; ones on rows that are not image-centric."""
-        visual, sink, text = masses[..., VISUAL], masses[..., VISUAL_SINK], masses[..., TEXT_SINK]
-        total = visual + sink
-        share = sink / (total + 1e-6 * self.n_visual[:, None, None])
-        chosen = (share <= 1 - self.keep) & (total >= self.min_mass) & (visual > 1e-6) & self.has_sink[:, None, None]
-        boost = 1 + self.move * (sink + text) / visual.clamp(min=1e-6)
-        rest = torch.ones_like(visual)
-        kept = rest * (1 - self.move)
-        factors = torch.stack([rest, boost, kept, kept], -1)
-        return torch.where(chosen[..., None], factors, 1.0)
+    numbers = [torch.full_like(n_visual, x, dtype=torch.float32) for x in (1 - keep, min_mass, 1 - move)]
+    return FusedRule("redistribute", torch.stack([*numbers, n_visual.float(), n_sinks.float()], -1))
 
 
 def sink_score(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from vlmfix.kernels.grouped_attention import CHUNK, grouped_attention
+from vlmfix.kernels.grouped_attention import CHUNK, grouped_attention, served
 from vlmfix.kernels.grouped_attention.reference import probabilities
 from vlmfix.plan import Plan
 
@@ -129,6 +130,15 @@ def _attend_eager(
     return _attend(original, module, query, key, value, attention_mask, kw)
 
 
+def _blocks(look: Look, start: int, end: int, plans: tuple[Plan, ...]) -> Iterator[tuple[int, int, tuple[Plan, ...]]]:
+    """Rows start .. end - 1 in the pieces that are evaluated at once."""
+    rows = CHUNK
+    if start < end and served(look.query, look.key, look.value, plans):
+        rows = end - start
+    for a in range(start, end, rows):
+        yield a, min(a + rows, end), plans
+
+
 def _attend(
     original: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kw: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
@@ -154,12 +164,12 @@ def _attend(
     parts: list[Tensor] = []
     if start:
         parts.append(original(module, query, key, value, mask, **kw)[0][:, :start])
-    blocks = [(a, min(a + CHUNK, end), plans) for a in range(start, end, CHUNK)]
-    if tail is not None:
-        blocks += [(a, min(a + CHUNK, queries), tail.plans) for a in range(end, queries, CHUNK)]
-    for a, b, wanted in blocks:
+    tails = () if tail is None else tail.plans
+    for a, b, wanted in (*_blocks(look, start, end, plans), *_blocks(look, end, queries, tails)):
         part = None if mask is None else mask[:, :, a:b, : key.shape[2]]
-        out = grouped_attention(query[:, :, a:b], key, value, wanted, part, scale, slots[a:b], look.k_pos, **how)
+        out = grouped_attention(
+            query[:, :, a:b], key, value, wanted, part, scale, slots[a:b], look.k_pos, consecutive=True, **how
+        )
         parts.append(out.transpose(1, 2))
     out = torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()
     return request.finish(layer, out), None

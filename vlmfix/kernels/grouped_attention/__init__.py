@@ -6,11 +6,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from vlmfix.kernels.dispatch import use_triton
 from vlmfix.kernels.grouped_attention import reference
+from vlmfix.kernels.grouped_attention.pack import unsupported
 from vlmfix.plan import Plan
 
 CHUNK = 64
 """Most query rows evaluated at once, so that no score tensor of a whole prompt exists."""
+
+
+def served(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan]) -> bool:
+    """Whether the Triton kernels take these inputs and plans; any number of query rows then comes at once."""
+    return bool(plans) and use_triton(q, k, v) and unsupported(plans) is None
 
 
 def grouped_attention(
@@ -25,6 +32,14 @@ def grouped_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     causal: bool = True,
+    consecutive: bool = False,
 ) -> Tensor:
-    """Attention as changed by plans; arguments and result as in `reference.grouped_attention`."""
+    """Attention as changed by plans; arguments and result as in `reference.grouped_attention`.
+
+    `consecutive` promises that k_pos counts up by one, so that keys outside the visible range need not be read.
+    """
+    if served(q, k, v, plans):
+        from vlmfix.kernels.grouped_attention.evaluate import evaluate
+
+        return evaluate(q, k, v, plans, mask, scale, q_pos, k_pos, softcap, sinks, causal, consecutive=consecutive)
     return reference.grouped_attention(q, k, v, plans, mask, scale, q_pos, k_pos, softcap, sinks, causal)

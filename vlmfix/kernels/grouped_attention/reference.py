@@ -157,7 +157,8 @@ class _View:
             plan.sink("lse", lse)
         if plan.rule is None and "mass" not in plan.statistics:
             return None
-        member = (self.groups[..., None] == torch.arange(plan.n_groups, device=p.device)).to(p.dtype)  # [B, 1 or Q, K, G]
+        names = torch.arange(plan.n_groups, device=p.device)
+        member = (self.groups[..., None] == names).to(p.dtype)  # [B, 1 or Q, K, G]
         if plan.key_weight is not None:
             weight = _at(plan.key_weight, self.k_pos, 0).to(p.dtype)[:, None, :, None]
             member = torch.cat([member, weight.expand(*member.shape[:3], 1)], -1)
