@@ -17,6 +17,7 @@ from ..attending import plan_of, same_as_stored, spanned
 from ..cases import ATTENTION, MODEL, close, same
 from ..machine import llama, with_attention_method, with_branches
 
+COVERS = ("pai", "pai_guidance")
 MUTANTS = mutants.of_attention(PAI)
 del MUTANTS["heads permuted"]  # all heads are treated alike
 
