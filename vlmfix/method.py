@@ -334,8 +334,11 @@ class DecodingMethod(Method):
         """One view per branch; none when the weight is zero for the whole run."""
         return ()
 
-    def reads(self) -> Any:
-        """A text-only language model that reads along and speaks as the first branch; None without one."""
+    def reads(self) -> tuple[Any, View] | None:
+        """A text-only language model that reads along and speaks as the first branch, and what of the prompt it reads.
+
+        None without one.
+        """
         return None
 
     def late(self) -> bool:

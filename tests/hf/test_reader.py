@@ -123,7 +123,7 @@ def test_vocabularies_must_agree(text):
         text.check({**{k: i for k, i in longer.items() if i != 7}, "other": 7})
     with pytest.raises(vlmfix.Refusal, match="needs the processor to compare vocabularies"):
         LCD(lm="tiny").resolve(SimpleNamespace(rendering=None))
-    assert LCD(lm="tiny").resolve(SimpleNamespace(rendering=Rendering(VOCABULARY))).reads() is text
+    assert LCD(lm="tiny").resolve(SimpleNamespace(rendering=Rendering(VOCABULARY))).reads()[0] is text
 
 
 def test_a_token_it_cannot_read_is_named():

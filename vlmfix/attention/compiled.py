@@ -52,8 +52,8 @@ class Compiled:
         return () if self.decoding is None else self.decoding.probes()
 
     @cached_property
-    def reads(self) -> Any:
-        """A text-only language model that reads along."""
+    def reads(self) -> tuple[Any, View] | None:
+        """A text-only language model that reads along, and what of the prompt it reads."""
         return None if self.decoding is None else self.decoding.reads()
 
     @property

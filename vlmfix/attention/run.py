@@ -17,7 +17,6 @@ from vlmfix.hf.inputs import TOKEN_KEYS, Prompt, edit, read
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.reader import Reader
 from vlmfix.view import View
-from vlmfix.views.text import WithoutPictures
 
 
 def open_request(
@@ -38,8 +37,8 @@ def open_request(
     if compiled.reads is not None and request.rows_rewritten:
         if prompt.ids is None:
             raise Refusal("inputs_embeds hide the text that a language model of its own would read; pass input_ids")
-        rows = edit(parts, prompt, WithoutPictures()).ids
-        request.reader = Reader(compiled.reads, rows, prompt.ids.device)
+        model, view = compiled.reads
+        request.reader = Reader(model, edit(parts, prompt, view).ids, prompt.ids.device)
     return request, prompt
 
 

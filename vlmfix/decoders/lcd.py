@@ -68,9 +68,9 @@ class LCD(DecodingMethod):
         """The same text without pictures, unless another model reads it."""
         return (WithoutPictures(),) if self.alpha and self.lm is None else ()
 
-    def reads(self) -> TextModel | None:
-        """The language model of its own."""
-        return reader.load(self.lm) if self.alpha and self.lm is not None else None
+    def reads(self) -> tuple[TextModel, View] | None:
+        """The language model of its own, which reads the text without pictures."""
+        return (reader.load(self.lm), WithoutPictures()) if self.alpha and self.lm is not None else None
 
     def scores(self, logits: Tensor, step: Step) -> Tensor:
         """Log-probabilities, contrasted per row and renormalised."""

@@ -55,7 +55,8 @@ def enlarge(grid: Tensor, height: int, width: int) -> Tensor:
     sigma = 0.02 * max(height, width)
     large = _blur(_blur(large, sigma).T, sigma).T
     large = large - large.min()
-    return large / large.max()
+    out: Tensor = large / large.max()
+    return out
 
 
 def most_relevant(values: Tensor, share: float) -> Tensor:
@@ -76,7 +77,8 @@ def spline(size: int, large: int) -> Tensor:
     at = (torch.arange(large, dtype=torch.float64) + 0.5) * size / large - 0.5 + PAD
     x = (at[:, None] - torch.arange(n, dtype=torch.float64)).abs()
     weights = torch.where(x < 1, 2 / 3 - x**2 + x**3 / 2, (2 - x).clamp(min=0) ** 3 / 6)
-    return weights @ coefficients
+    out: Tensor = weights @ coefficients
+    return out
 
 
 def _blur(values: Tensor, sigma: float) -> Tensor:
