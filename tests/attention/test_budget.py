@@ -38,7 +38,7 @@ class Watch(TorchDispatchMode):
 
 
 def matrices(model, run):
-    """Float results of at least rows * Q * Q elements in a prefill of Q tokens: (operation, shape with Q as a letter)."""
+    """Float results of at least rows * Q * Q elements in a prefill of Q tokens: operations and shapes."""
     prefills = []
 
     def enter(module, args, kwargs):

@@ -93,6 +93,7 @@ _TESTED = (
         "Gemma",
         "patches",
         mask="prefix",
+        types="token_type_ids",
         notes="the prompt sees itself in both directions, so decoding without a cache differs from decoding with one",
     ),
     Family(

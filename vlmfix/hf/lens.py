@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from vlmfix.errors import Refusal
 from vlmfix.hf.parts import Parts
 
-NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm", "layer_norm")
 
 
 def lens(parts: Parts, hidden: Tensor, norm: bool) -> Tensor:
@@ -30,13 +32,21 @@ def lens(parts: Parts, hidden: Tensor, norm: bool) -> Tensor:
     if norm:
         hidden = final_norm(parts)(hidden)
     logits: Tensor = head(hidden).float()
+    factors = _factors(type(parts.top))
     config = parts.text_config
-    scale = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
-    cap = getattr(config, "final_logit_softcapping", None)
-    logits = logits * scale if isinstance(scale, float) else logits
-    logits = logits / divisor if isinstance(divisor, float) else logits
+    if "logit_scale" in factors:
+        logits = logits * config.logit_scale
+    if "logits_scaling" in factors:
+        logits = logits / config.logits_scaling
+    cap = getattr(config, "final_logit_softcapping", None) if "final_logit_softcapping" in factors else None
     return torch.tanh(logits / cap) * cap if cap else logits
+
+
+@cache
+def _factors(top: type) -> frozenset[str]:
+    """Names of what a model's forward does to the output of its head; a text configuration may name more."""
+    text = inspect.getsource(top.forward)  # type: ignore[attr-defined]
+    return frozenset(name for name in ("logit_scale", "logits_scaling", "final_logit_softcapping") if name in text)
 
 
 def final_norm(parts: Parts) -> Any:
@@ -45,7 +55,11 @@ def final_norm(parts: Parts) -> Any:
     Raises:
         Refusal: it has none under a known name.
     """
-    for name in NORMS:
-        if hasattr(parts.decoder, name):
-            return getattr(parts.decoder, name)
+    decoder: Any = parts.decoder
+    inner = [getattr(decoder, name, None) for name in ("model", "decoder")]
+    inner.append(getattr(inner[0], "decoder", None))
+    for module in (decoder, *inner):
+        for name in NORMS:
+            if module is not None and isinstance(norm := getattr(module, name, None), torch.nn.Module):
+                return norm
     raise Refusal(f"{parts.family}: the decoder's final norm could not be found (looked for {', '.join(NORMS)})")
