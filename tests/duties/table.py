@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..families import FAMILIES
+
 
 @dataclass(frozen=True)
 class Strength:
@@ -25,6 +27,9 @@ class Strength:
 CLASS_TOKENS = ("llava", "vipllava", "llava_next", "llava_next_video")
 SINKS = "sink_dims=(3,4),tau=1.02,min_mass=0,keep_ratio=0,variant=reference"
 WORDS = "disturbance_ids=(40,41,42)"
+
+EMBEDDING = tuple(family for family in FAMILIES if family != "chameleon")
+"""Families that hand their decoder embeddings, which a branch can wipe."""
 
 WHOLE = (
     *("llava", "vipllava", "paligemma", "gemma3", "mistral3", "got_ocr2", "instructblip", "blip-2", "chameleon"),
@@ -65,8 +70,9 @@ TABLE = {
         "iava(alpha=0.5,beta=0,lamb=0,instruction_ids=(40,41,42))",
         "iava(alpha=1e-12,beta=0,instruction_ids=(40,41,42))",
         "iava(alpha=0,beta=0)",
+        EMBEDDING,
     ),
-    "avisc": Strength("avisc(alpha=0.5,beta=0)", "avisc(alpha=1e-12,beta=0)", "avisc(alpha=0,beta=0)"),
+    "avisc": Strength("avisc(alpha=0.5,beta=0)", "avisc(alpha=1e-12,beta=0)", "avisc(alpha=0,beta=0)", EMBEDDING),
     "agla": Strength(
         f"agla(alpha=0.5,beta=0,share=0.5,{COLOURS})",
         f"agla(alpha=1e-12,beta=0,{COLOURS})",
