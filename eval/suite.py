@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -97,7 +98,13 @@ def run(
     plain = benchmark.items()
     pictures = pictures or folder(grid.images, plain)
     short = benchmark.max_new_tokens <= SHORT and not getattr(benchmark, "suffix", "")
-    runs = []
+    truth, runs = hash_truth(plain), []
+
+    @functools.cache
+    def asked(suffix: str) -> tuple[Sequence[Item], str]:
+        items = [replace(item, prompt=item.prompt + suffix) for item in plain] if suffix else plain
+        return items, hash_questions(items)
+
     for arm in arms:
         if arm.derive:
             continue
@@ -112,7 +119,7 @@ def run(
         grade, family = str(described.pop("grade", "")), str(described.pop("family", ""))
         frame = protocol.find(grid.protocol, family)
         suffix = arm.suffix + (frame.short if short else "")
-        items = [replace(item, prompt=item.prompt + suffix) for item in plain] if suffix else plain
+        items, questions = asked(suffix)
         settings = {"max_new_tokens": benchmark.max_new_tokens, **grid.generation, **arm.settings}
         if frame.system is not None:
             settings["system"] = frame.system
@@ -120,8 +127,8 @@ def run(
             spec = Spec(
                 **described,
                 benchmark=benchmark.label,
-                questions=hash_questions(items),
-                truth=hash_truth(items),
+                questions=questions,
+                truth=truth,
                 scorer=benchmark.label,
                 protocol=grid.protocol,
                 generation=settings,

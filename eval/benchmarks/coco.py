@@ -146,13 +146,26 @@ def _one(folder: Path, kind: str) -> Path:
     return found[0]
 
 
-def _index(path: str | Path, keys: Sequence[str]) -> Any:
-    from pycocotools.coco import COCO
+@dataclass(frozen=True)
+class _Plain:
+    """What is used of pycocotools' index, where the package is missing."""
 
+    dataset: Any
+    imgToAnns: Any  # noqa: N815 - pycocotools' name
+
+
+def _index(path: str | Path, keys: Sequence[str]) -> Any:
     data = read_json(path)
     missing = [key for key in keys if not isinstance(data, dict) or not isinstance(data.get(key), list)]
     if missing:
         raise UsageError(f"{path} is not in COCO's format: no list {', '.join(missing)}")
+    try:
+        from pycocotools.coco import COCO
+    except ImportError:
+        found: dict[Any, list[Any]] = {}
+        for row in data["annotations"]:
+            found.setdefault(row["image_id"], []).append(row)
+        return _Plain(data, found)
     coco = COCO()
     coco.dataset = data
     with contextlib.redirect_stdout(io.StringIO()):
