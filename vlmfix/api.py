@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlmfix import registry
 from vlmfix.attention import run
 from vlmfix.attention.compiled import Compiled
+from vlmfix.attention.observing import OBSERVERS, watched
 from vlmfix.attention.request import NO_PICTURE, OWN, Request
 from vlmfix.engine import search
 from vlmfix.errors import Refusal, UsageError
@@ -92,20 +93,39 @@ class FixedVLM:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def generate(self, seed: int | None = None, ids: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        seed: int | None = None,
+        ids: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Transformers' generate under the recipe: same keywords, same result type, only the caller's rows.
 
         Decoding is greedy unless asked otherwise: sampling, penalties and beams that a checkpoint's
         generation_config brings are overridden, and the override is reported.
 
         Args:
+            inputs: [B, K] token ids, if not among the keywords as input_ids.
+            generation_config: settings that count like keywords.
             seed: makes sampling a function of (seed, id, sample, step), the same in any batch.
             ids: names of the samples for that; their index by default.
             kwargs: everything the processor returned, and generate's own keywords.
 
         Returns:
             Token ids or a ModelOutput, as transformers' generate.
+
+        Raises:
+            UsageError: the model was closed.
         """
+        finalizer = getattr(self, "_finalizer", None)
+        if finalizer is not None and not finalizer.alive:
+            raise UsageError(f"{self.recipe}: this model was closed, so the recipe no longer acts; wrap it again")
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        kwargs["generation_config"] = generation_config
         kwargs, overridden = settings.plain(self.model.generation_config, settings.spelled_out(kwargs))
         draw = None
         if seed is not None and kwargs.get("do_sample"):
@@ -118,7 +138,7 @@ class FixedVLM:
             kwargs, draw = settings.seeded(kwargs, seed, names, width)
         generate = _own(self.model)
         with encoding.once(self.model, self._encoded), _outside():
-            if self.compiled.plain:
+            if self.compiled.plain and not watched(self.model):
                 result, request = generate(**{k: v for k, v in kwargs.items() if k != "visual_mask"}), None
             else:
                 call = search.caller(self.parts, self.compiled, generate)
@@ -183,6 +203,8 @@ class FixedVLM:
 
     def _shared(self, batch: Batch, generation: Mapping[str, Any]) -> dict[str, Any]:
         """A batch's inputs, with the prefixes of rows about one picture read once where that changes nothing."""
+        if watched(self.model):
+            return batch.inputs
         alone = len(set(batch.pictures)) == len(batch.pictures) or batch.inputs.get("pixel_values") is None
         asked = any(generation.get(name) for name in ("num_beams", "num_return_sequences", "cache_implementation"))
         cached = generation.get("use_cache", True) is not False
@@ -283,6 +305,49 @@ def applied(model: nn.Module, processor: Any, recipe: Any) -> Iterator[Recipe]:
             _APPLIED.reset(token)
 
 
+@contextlib.contextmanager
+def record(
+    model: Any,
+    processor: Any = None,
+    what: Sequence[str] = ("visual_mass",),
+    *,
+    layers: Sequence[int] | None = None,
+    sink_dims: tuple[int, ...] | None = None,
+    tau: float | None = None,
+) -> Iterator[Recording]:
+    """Records statistics of attention around any generate of a model, with or without a recipe.
+
+    Tokens stay the same: where nothing else acts, the model's own attention function runs and statistics are measured
+    beside it. Memory grows with steps, layers and heads alone (`map`: with the prompt instead of heads).
+
+    Args:
+        model: a model of AutoModelForImageTextToText, or a `FixedVLM`.
+        processor: its processor; only used to find sink dimensions.
+        what: names among `vlmfix.diagnostics.recording.WHAT`.
+        layers: decoder layers; all by default.
+        sink_dims: for `sink_share`: hidden dimensions of massive activations; measured by default.
+        tau: for `sink_share`: see `Recording`.
+
+    Yields:
+        What was recorded; the last generation's statistics are its attributes.
+
+    Raises:
+        UsageError: a name that cannot be recorded.
+    """
+    if isinstance(model, FixedVLM):
+        model, processor = model.model, model.processor
+    target = bare(model)
+    recording = Recording(target, what, layers, sink_dims, tau)
+    with contextlib.ExitStack() as stack:
+        if not any(a.parts.model is target for a in _APPLIED.get()):
+            stack.enter_context(applied(target, processor, "greedy"))
+        token = OBSERVERS.set((*OBSERVERS.get(), recording))
+        try:
+            yield recording
+        finally:
+            OBSERVERS.reset(token)
+
+
 def compile_for(parts: Parts, recipe: Recipe, processor: Any = None) -> Compiled:
     """Compiles a recipe for an installed model, with the presets of its checkpoint."""
     config = parts.text_config
@@ -366,7 +431,7 @@ def _open(parts: Parts, kwargs: dict[str, Any]) -> Request | None:
     if isinstance(state, Request):
         return state
     application = next((a for a in reversed(_APPLIED.get()) if a.parts is parts), None)
-    if application is None or application.compiled.plain:
+    if application is None or (application.compiled.plain and not watched(parts.model)):
         return None
     if cache is not None and cache.get_seq_length() > 0:
         raise UsageError(
@@ -426,7 +491,7 @@ class _Generate:
             )
             return plain(**kwargs)
         current = applications[-1]
-        if current.compiled.plain:
+        if current.compiled.plain and not watched(model):
             return plain(**{k: v for k, v in kwargs.items() if k != "visual_mask"})
         call = search.caller(current.parts, current.compiled, plain)
         return run.generate(current.parts, current.compiled, call, kwargs, current.global_tile)[0]

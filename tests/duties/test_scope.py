@@ -69,6 +69,8 @@ def test_the_last_of_several_users_restores_the_model():
     assert torch.equal(two.generate(**inputs, max_new_tokens=3), want)
     two.close()
     two.close()
+    with pytest.raises(vlmfix.VlmfixError, match="this model was closed"):
+        two.generate(**inputs, max_new_tokens=1)
     assert state(tiny.model) == before
 
 

@@ -28,6 +28,7 @@ class BranchRun:
         self._mask = joint.mask
         self._padded = not bool(joint.mask.all())
         self._last = joint.positions[..., -1:]
+        self._shown: int | None = prompt_length
 
     def first(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The prefill: one row per sample and branch, however often generate has repeated them."""
@@ -51,6 +52,7 @@ class BranchRun:
             raise Refusal("branches of a prompt of embeddings need the cache; set use_cache=True")
         n = ids.shape[0] // joint.visible
         new = ids[:, self.prompt_length :].repeat(joint.copies, 1)
+        self._shown = self.prompt_length + new.shape[1]
         out = self.rest(kwargs, joint.inputs)
         pictures: dict[str, Any] = {}
         for key, value in joint.inputs.items():
@@ -69,6 +71,7 @@ class BranchRun:
     def following(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A step with a cache: every branch is fed the visible rows' tokens."""
         ids: Tensor = kwargs["input_ids"].repeat(self.joint.copies, 1)
+        self._shown = None
         self._mask = torch.cat([self._mask, self._mask.new_ones(ids.shape)], 1)
         positions = self._last + torch.arange(1, ids.shape[1] + 1, device=ids.device)
         self._last = positions[..., -1:]
@@ -100,13 +103,26 @@ class BranchRun:
         self._mask, self._last = self._mask[:kept], self._last[..., :kept, :]
         return kept
 
+    def cut(self, values: Tensor, front: int = 0) -> Tensor:
+        """[rows, Q, ...] without the positions before the caller's prompt, which longer branches brought.
+
+        Args:
+            values: of one forward.
+            front: positions that its last axis has too many; for attention weights [rows, H, Q, K].
+        """
+        if front:
+            values = values[..., front:].transpose(1, 2)
+            return self.cut(values).transpose(1, 2)
+        return values if self._shown is None else values[:, -self._shown :]
+
     def trim(self, output: Any, visible: int) -> None:
-        """Cuts hidden states and attentions, where asked for, to the visible rows."""
+        """Cuts hidden states and attentions, where asked for, to the visible rows and their positions."""
         for key in ("hidden_states", "attentions"):
-            values = output.get(key)
+            values = [v for v in output.get(key) or () if v is not None]
             if values:
                 n = visible // self.joint.visible if values[0].shape[0] == len(self.joint.mask) else 1
-                output[key] = tuple(v[: visible // n].repeat_interleave(n, 0) for v in values)
+                front = self.joint.length - self.prompt_length if key == "attentions" else 0
+                output[key] = tuple(self.cut(v[: visible // n], front).repeat_interleave(n, 0) for v in values)
 
     @staticmethod
     def rest(kwargs: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +142,20 @@ def positions_of(parts: Parts, entry: Tensor, inputs: dict[str, Any]) -> Tensor:
     if prepare is None or parts.embeds or entry.dim() == 3:
         return (mask.cumsum(-1) - 1).clamp(min=0)
     kwargs = {k: v for k, v in inputs.items() if k != "input_ids"}
-    return prepare(entry, kwargs)  # type: ignore[no-any-return]
+    with rope_kept(parts.model):
+        return prepare(entry, kwargs)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def rope_kept(model: Any) -> Iterator[None]:
+    """Models with 3-D rotary positions note in themselves how far a prompt's pictures moved them: restores the note."""
+    owners = [m for m in (model, getattr(model, "model", None)) if hasattr(m, "rope_deltas")]
+    notes = [owner.rope_deltas for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, note in zip(owners, notes, strict=True):
+            owner.rope_deltas = note
 
 
 def _embed(parts: Parts, inputs: dict[str, Any]) -> Tensor:
