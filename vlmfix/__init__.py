@@ -11,6 +11,7 @@ _WHERE = {
     "load": "vlmfix.api",
     "wrap": "vlmfix.api",
     "applied": "vlmfix.api",
+    "record": "vlmfix.api",
     "FixedVLM": "vlmfix.api",
     "Answer": "vlmfix.api",
     "Recipe": "vlmfix.recipe",
@@ -20,7 +21,7 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
-    from vlmfix.api import Answer, FixedVLM, applied, load, wrap
+    from vlmfix.api import Answer, FixedVLM, applied, load, record, wrap
     from vlmfix.errors import Refusal, VlmfixError
     from vlmfix.recipe import Recipe
 

@@ -18,6 +18,7 @@ from vlmfix.attention import run
 from vlmfix.attention.compiled import Compiled
 from vlmfix.attention.observing import OBSERVERS, watched
 from vlmfix.attention.request import NO_PICTURE, OWN, Request
+from vlmfix.diagnostics.recording import Recording
 from vlmfix.engine import search
 from vlmfix.errors import Refusal, UsageError
 from vlmfix.hf import encoding, hooks, loading, settings
@@ -141,8 +142,9 @@ class FixedVLM:
             if self.compiled.plain and not watched(self.model):
                 result, request = generate(**{k: v for k, v in kwargs.items() if k != "visual_mask"}), None
             else:
-                call = search.caller(self.parts, self.compiled, generate)
-                result, request = run.generate(self.parts, self.compiled, call, kwargs, self._batcher.global_tile)
+                with hooks.installed(self.model) as parts:
+                    call = search.caller(parts, self.compiled, generate)
+                    result, request = run.generate(parts, self.compiled, call, kwargs, self._batcher.global_tile)
         if draw is not None and draw.scores is not None:
             result.scores = tuple(draw.scores)
         self.report = report_of(self.recipe, self.parts, self.compiled, request, overridden)
@@ -184,6 +186,8 @@ class FixedVLM:
         names = [str(i) for i in range(len(questions))] if ids is None else [str(i) for i in ids]
         if len(names) != len(questions):
             raise UsageError(f"ids= names {len(names)} items, {len(questions)} were given")
+        if (generation.get("num_return_sequences") or 1) > 1:
+            raise UsageError("answer gives one answer for each question; for num_return_sequences call generate")
         out: list[Answer | None] = [None] * len(questions)
         for batch in self._batcher.batches(pictures, questions, system):
             started = time.perf_counter()

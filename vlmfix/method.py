@@ -211,6 +211,8 @@ class AttentionMethod(Method):
     """Whether the prompt up to its last picture runs as in the plain model and is not looked at."""
     by_distance: ClassVar[bool] = False
     """Whether it acts on keys by their distance from the query."""
+    follows_rows: ClassVar[bool] = False
+    """Whether it takes notes on generated tokens, which must move with beams."""
     replans_here: ClassVar[bool] = False
     """Whether what it sees of a layer changes the plans of that layer alone."""
     vision_layers: ClassVar[tuple[int, ...]] = ()

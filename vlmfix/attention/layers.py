@@ -128,7 +128,7 @@ class Layers:
     def _watch(self, layer: int, look: Look) -> None:
         for i, method in enumerate(self.compiled.attention):
             if i in self._acting and layer in method.watches(self.compiled.facts.depth):
-                context = self._context(i, layer, look.query, None)
+                context = self.context(i, layer, look.query, False)
                 glance = Glance(context, look.query, look.key, look.rows, look.k_pos, look.value)
                 if method.watch(glance, self.notes.setdefault(i, {})):
                     self._plans.pop(layer, None)
@@ -172,8 +172,7 @@ class Layers:
         for i, method in enumerate(self.compiled.attention):
             if i not in self._acting or layer not in self.compiled.layers[i]:
                 continue
-            hidden = self._hidden.get(layer) if method.reads_hidden else None
-            plan = method.plan(self._context(i, layer, query, hidden))
+            plan = method.plan(self.context(i, layer, query, method.reads_hidden))
             if plan is None:
                 continue
             acting = self._acting[i]
@@ -189,7 +188,9 @@ class Layers:
         else:  # every row of a decoding step lies past the prompt; asking the device would wait for it
             self._first[layer] = 0 if starts else NEVER
 
-    def _context(self, index: int, layer: int, query: Tensor, hidden: Tensor | None) -> LayerContext:
+    def context(self, index: int, layer: int, query: Tensor, reads_hidden: bool = True) -> LayerContext:
+        """One layer as the method (or observer) of that place sees it."""
+        hidden = self._hidden.get(layer) if reads_hidden else None
         past = self.past + len(self.q_pos) - query.shape[2]
         memory = self._memory.setdefault((index, layer), {})
         notes = self.notes.setdefault(index, {})

@@ -13,6 +13,7 @@ from vlmfix.attention.compiled import Compiled
 from vlmfix.attention.counterfactual import PackedText, TextRows
 from vlmfix.attention.late import LatePrompt
 from vlmfix.attention.layers import Layers
+from vlmfix.attention.observing import open_all
 from vlmfix.attention.saliency import Tracer, score
 from vlmfix.attention.split import SplitPrefill
 from vlmfix.errors import Refusal
@@ -93,6 +94,7 @@ class Request:
         self._split = SplitPrefill(parts, self.cache) if self.layers.splits else None
         self._tracer = Tracer(compiled.saliency_layers) if compiled.saliency_layers else None
         self._looked: tuple[Look, tuple[Plan, ...]] | None = None
+        self.observations = open_all(parts.model, compiled.facts)
         self.inputs: Mapping[str, Any] = {} if joint is None else joint.inputs
         self.layers.ids = None if joint is None else joint.inputs.get("input_ids")
         self._class_rows: dict[int, Tensor] = {}
@@ -139,7 +141,7 @@ class Request:
             logits = output.logits if self.steps > 1 else run.spread(output)
             if self.steps == 1 and run.repeats > 1 and output.get("past_key_values") is not None:
                 self.layers.repeat(run.repeats)
-            blocks = torch.split(logits, logits.shape[0] // self.copies)
+            blocks = torch.split(run.cut(logits), logits.shape[0] // self.copies)
             run.trim(output, blocks[0].shape[0])
             output["logits"] = blocks[0]
             if self._text_rows:
@@ -168,6 +170,17 @@ class Request:
         if cache is None or cache.get_seq_length() == 0:
             return reader.again(kwargs["input_ids"][:, self.prompt_length :])
         return reader.follow(kwargs["input_ids"])
+
+    def _watch(self, layer: int, look: Look, plans: tuple[Plan, ...]) -> None:
+        """Shows observers the query that predicts, if this forward has it."""
+        first = self.past + len(self.q_pos) - look.query.shape[2]
+        last = (self.past + len(self.q_pos) if self.tail is None else self.tail.start) - 1
+        if last < self.layers.layout.length - 1 or (self._late is not None and self._late.running):
+            return
+        rows = int(self.layers.visible.sum())
+        for i, observation in enumerate(self.observations):
+            context = self.layers.context(OWN - 1 - i, layer, look.query)
+            observation.watch(context, look, plans, last - first, rows)
 
     def _saliency(self, logits: Tensor) -> Callable[[Tensor], Tensor] | None:
         tracer = self._tracer
@@ -252,6 +265,11 @@ class Request:
     def observe(self, layer: int, hidden: Tensor) -> Tensor:
         """[B, Q, width] residual stream entering a layer; the graph of a traced step starts in one."""
         self.layers.observe(layer, hidden)
+        if self.past < self.layers.layout.length:
+            for observation in self.observations:
+                if observation.reads_hidden:
+                    past = self.past + len(self.q_pos) - hidden.shape[1]
+                    observation.read(layer, self.layers.layout, hidden.detach(), past)
         if self._tracer is None or self.steps == 0:
             return hidden
         if hidden.shape[1] != 1:
@@ -267,13 +285,15 @@ class Request:
     def visit(self, layer: int, look: Look) -> tuple[tuple[Plan, ...], int]:
         """Plans of a layer and the first query position any of them changes."""
         plans = self.layers.visit(layer, look)
-        if self._tracer is not None:
+        if self._tracer is not None or self.observations:
             self._looked = look, plans[0]
         return plans
 
     def finish(self, layer: int, out: Tensor) -> Tensor:
         """Last word on a layer's output [B, Q, H, D]."""
         out = self.layers.finish(layer, out)
+        if self.observations and self._looked is not None:
+            self._watch(layer, *self._looked)
         if self._tracer is not None and self._looked is not None:
             self._tracer.keep(layer, out, *self._looked)
         return out

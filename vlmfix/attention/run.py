@@ -11,7 +11,7 @@ from vlmfix.attention.late import LatePrompt
 from vlmfix.attention.request import Request, rewritten
 from vlmfix.errors import Refusal
 from vlmfix.hf import settings
-from vlmfix.hf.branching import Joint, join
+from vlmfix.hf.branching import Joint, join, rope_kept
 from vlmfix.hf.hooks import serving
 from vlmfix.hf.inputs import TOKEN_KEYS, Prompt, edit, read
 from vlmfix.hf.parts import Parts
@@ -24,6 +24,9 @@ def open_request(
 ) -> tuple[Request, Prompt]:
     """Reads the inputs of a generation and makes its state."""
     prompt = read(parts, inputs, inputs.get("visual_mask"), global_tile)
+    mask = inputs.get("attention_mask")
+    if (compiled.late or compiled.views) and mask is not None and mask.dim() != 2:
+        raise Refusal("branch rows need masks of their own, which a 4D attention_mask does not tell; give the 2D mask")
     joint, late = None, None
     if rewritten(compiled, prompt.layout):
         late = LatePrompt.of(parts, compiled, prompt) if compiled.late else None
@@ -84,10 +87,15 @@ def generate(
     room = request.extra_length and settings.effective("cache_implementation", kwargs, config) == "static"
     if request.copies > 1 and not request.parts.embeds:
         kwargs = _without_pictures_of(prompt, kwargs)
-    own = request.copies > 1 or request.reader is not None or bool(room)
+    follows = any(method.follows_rows for method in compiled.attention)
+    if follows and beams > 1 and kwargs.get("past_key_values") is not None:
+        raise Refusal(
+            "what is noted of generated tokens moves with beams in a cache of ours; do not pass past_key_values"
+        )
+    own = request.copies > 1 or request.reader is not None or bool(room) or (follows and beams > 1)
     if own and settings.effective("use_cache", kwargs, config) is not False:
         kwargs = _own_cache(request, prompt, kwargs, config)
-    with serving(request):
+    with serving(request), rope_kept(parts.model):
         return call(**kwargs), request
 
 

@@ -43,6 +43,7 @@ class VASparseAttention(AttentionMethod):
     scales_scores: ClassVar[bool] = True
     needs_picture: ClassVar[bool] = False
     replans_here: ClassVar[bool] = True
+    follows_rows: ClassVar[bool] = True
 
     beta: float = 0.1
     layers: LayerSpec = (0.0, 1.0)

@@ -87,7 +87,8 @@ def image_centric(ratio: Tensor, visual: Tensor, most: float = 0.5, least: float
 def entropy(row: Tensor, normalise: bool = False) -> Tensor:
     """Entropy in nats of attention rows [..., N] over visual tokens, as they are or brought to sum one ([...])."""
     row = row / row.sum(-1, keepdim=True) if normalise else row
-    return -torch.special.xlogy(row, row).sum(-1)
+    total: Tensor = torch.special.xlogy(row, row).sum(-1)
+    return -total
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -53,8 +53,11 @@ class Look:
         offset = (self.q_pos[-1] + 1 - keys).clamp(min=0)
         return offset + torch.arange(keys, device=self.q_pos.device)
 
-    def rows(self, queries: Tensor) -> Tensor:
-        """Probabilities [B, H, n, K] float32 of some queries, indices [n] for all samples or [B, n]."""
+    def rows(self, queries: Tensor, plans: Sequence[Plan] = ()) -> Tensor:
+        """Probabilities [B, H, n, K] float32 of some queries, indices [n] for all samples or [B, n].
+
+        Plans, if given, change the scores first; queries are then the same for all samples.
+        """
         query, mask = self.query, self.mask
         if queries.dim() == 1:
             query = query[:, :, queries]
@@ -66,7 +69,17 @@ class Look:
                 mask = mask.expand(query.shape[0], -1, -1, -1)
                 mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))
         mask = None if mask is None else mask[..., : self.key.shape[2]]
-        return probabilities(query, self.key, mask, self.scale, self.q_pos[queries], self.k_pos, **self.how)
+        slots = self.q_pos[queries]
+        return probabilities(query, self.key, mask, self.scale, slots, self.k_pos, **self.how, plans=plans)
+
+    def attend(self, at: int, plans: Sequence[Plan]) -> Tensor:
+        """[B, H, 1, Dv] output of one query under plans; their sinks receive its statistics."""
+        one = slice(at, at + 1)
+        mask = None if self.mask is None else self.mask[:, :, one, : self.key.shape[2]]
+        query, slots = self.query[:, :, one], self.q_pos[one]
+        return grouped_attention(
+            query, self.key, self.value, plans, mask, self.scale, slots, self.k_pos, consecutive=True, **self.how
+        )
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,17 @@ def probabilities(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     causal: bool = True,
+    plans: Sequence[Plan] = (),
 ) -> Tensor:
-    """Attention of a few queries, unchanged by any plan: [B, H, Q, K] float32; arguments as in `grouped_attention`.
+    """Attention of a few queries, as plans change its scores: [B, H, Q, K] float32.
 
-    `q_pos` may also be [B, Q], where every sample has queries of its own.
+    Arguments as in `grouped_attention`; factors and head scales are left out. Without plans `q_pos` may also be [B, Q],
+    where every sample has queries of its own.
     """
-    return _softmax(_masked(_scores(q, k, scale, softcap), mask, [], q_pos, k_pos, causal), sinks)[0]
+    z, views = _scores(q, k, scale, softcap), [_View.of(plan, q_pos, k_pos) for plan in plans]
+    for view in views:
+        z = view.scores(z)
+    return _softmax(_masked(z, mask, views, q_pos, k_pos, causal), sinks)[0]
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
