@@ -12,6 +12,8 @@ from vlmfix.decoders import vhr, vhr_local
 from vlmfix.decoders.groups import last_prompt_row
 from vlmfix.decoders.vhr import VHR, Reinforce
 from vlmfix.decoders.vhr_local import VHRLocal
+from vlmfix.diagnostics import measures, offline
+from vlmfix.hf.hooks import installed
 from vlmfix.method import Glance
 
 from .. import mutants
@@ -59,6 +61,11 @@ def _model(case: dict[str, Any], arrays: dict[str, Tensor]) -> None:
         tokens = torch.stack(run.steps).argmax(-1)[:, 0]
         same(tokens, arrays[f"io.{prefix}_tokens"], f"{prefix} tokens")
         close(torch.cat(run.steps), arrays[f"io.{prefix}_logits"], LOGITS, f"{prefix} logits")
+    tokens, inputs = arrays["io.plain_tokens"][None], {"inputs_embeds": embeds, "visual_mask": layout.visual}
+    with installed(tiny, require_pictures=False):
+        gaps = offline.vision_divergence(tiny, inputs, tokens)
+    curve = measures.t_vhd(gaps, case["t_vhd_top_k"])[:, 0]
+    close(curve, arrays["io.expected_t_vhd"], LOGITS, "T-VHD", rtol=1e-5)
     seen: dict[int, tuple[Tensor, ...]] = {}
     with_attention_method(tiny, _Observer(layers=(0.0, 1.0)).into(seen), embeds, layout, 1)
     divergence, _, mass = (torch.cat([seen[layer][i] for layer in sorted(seen)]) for i in range(3))
