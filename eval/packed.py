@@ -5,17 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .spec import Spec
 from .store import Store
 
 _REMADE = "spec"
 FORMAT = 1
 
 
-def pack(folder: str | Path, out: str | Path, size: int = 15 << 20) -> list[Path]:
+def pack(folder: str | Path, out: str | Path, size: int = 15 << 20, processes: int = 1) -> list[Path]:
     """Writes the runs of a folder into `answers-N.jsonl.gz`.
 
     Of each run come its small JSON files and one line per record, in order of the ids, which holds what differs from
@@ -24,7 +26,8 @@ def pack(folder: str | Path, out: str | Path, size: int = 15 << 20) -> list[Path
     Args:
         folder: what `suite.run` wrote to.
         out: folder of the new files.
-        size: bytes after which a new file begins with the next run.
+        size: bytes that a file may hold, if no single run needs more.
+        processes: that read and compress.
 
     Raises:
         UsageError: if the folder holds no runs.
@@ -34,20 +37,16 @@ def pack(folder: str | Path, out: str | Path, size: int = 15 << 20) -> list[Path
         raise UsageError(f"{folder} holds no answers; give the folder `answers` of --out")
     Path(out).mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    file: gzip.GzipFile | None = None
-    try:
-        for run in runs:
-            if file is None or written[-1].stat().st_size > size:
-                if file is not None:
-                    file.close()
+    filled = size
+    with ProcessPoolExecutor(processes) as pool:
+        for data in pool.map(_packed, runs):
+            if filled + len(data) > size:
                 written.append(Path(out) / f"answers-{len(written)}.jsonl.gz")
-                file = gzip.GzipFile(written[-1], "wb", mtime=0)
-            for line in _lines(run):
-                file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
-            file.flush()
-    finally:
-        if file is not None:
-            file.close()
+                written[-1].unlink(missing_ok=True)
+                filled = 0
+            with written[-1].open("ab") as file:  # compressed pieces one after the other are one compressed file
+                file.write(data)
+            filled += len(data)
     return written
 
 
@@ -85,10 +84,15 @@ def unpack(files: Sequence[str | Path], folder: str | Path) -> int:
     return count
 
 
+def _packed(run: Path) -> bytes:
+    lines = (json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in _lines(run))
+    return gzip.compress("".join(lines).encode("utf-8", "surrogatepass"), mtime=0)
+
+
 def _lines(run: Path) -> Iterator[dict[str, Any]]:
     files = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("*.json"))}
-    hashes = {json.loads(line)["spec"] for path in run.glob("*.jsonl") for line in path.open(encoding="utf-8")}
-    for answers in sorted(hashes):
+    specs = [Spec.from_json(content) for name, content in files.items() if name.startswith("spec-")]
+    for answers in sorted({spec.answers_hash for spec in specs}):
         merged = Store(run, answers).read()
         records = {**merged.errors, **merged.answers}
         yield {"format": FORMAT, "run": run.name, "answers": answers, "files": files}
@@ -114,7 +118,7 @@ def _keep(store: Store | None, batch: list[dict[str, Any]]) -> None:
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
             for number, text in enumerate(file):
                 line = json.loads(text)
                 if number == 0 and line.get("format") != FORMAT:

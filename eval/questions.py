@@ -104,7 +104,8 @@ class Questions:
 def too_few(score: Score, metric: str = "accuracy", wanted: float = 5.0, power: float = 0.8) -> str:
     """A sentence that says that so few items cannot show a difference of `wanted` points; empty if they can.
 
-    From the spread of one run, as if two runs were independent; pairing usually needs fewer.
+    From the spread of one run, as if two runs were independent; pairing usually needs fewer. Where all pictures agree,
+    the spread counts as if two more, one of each kind, had been seen.
 
     Args:
         score: of the reference.
@@ -113,7 +114,8 @@ def too_few(score: Score, metric: str = "accuracy", wanted: float = 5.0, power: 
         power: with which it should be found.
     """
     found = interval(score, draws=2000)[metric]
-    detectable = (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(power)) * sqrt(2) * found.sd
+    least = 100 * sqrt(found.clusters + 1) / (found.clusters + 2) / sqrt(found.clusters)
+    detectable = (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(power)) * sqrt(2) * max(found.sd, least)
     if detectable <= wanted:
         return ""
     needed = ceil(found.clusters * (detectable / wanted) ** 2) if detectable == detectable else None

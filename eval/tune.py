@@ -166,7 +166,9 @@ def search(
         best = min(keeping, key=lambda trial: trial.aims)
         gap = stats.paired(reference.score, best.score, metrics=[hallucination], draws=draws)[hallucination]
         chosen[recipe], gains[recipe] = best, gap
-        if not abs(gap.difference) >= gap.detectable:
+        if gap.difference == 0:
+            notes.append(f"{recipe}: {hallucination} is that of greedy on all {len(items)} items")
+        elif not abs(gap.difference) >= gap.detectable:
             notes.append(
                 f"{recipe}: {hallucination} {gap.difference:+.1f} is below the smallest detectable difference of "
                 f"{gap.detectable:.1f} with {len(items)} items on {gap.clusters} pictures: too few to tell"

@@ -112,7 +112,7 @@ def share(options: argparse.Namespace) -> int:
                 running.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
         codes = [process.wait() for process in running]
         say((options.out / "log-0.txt").read_text().splitlines()[-40:])
-        files = packed.pack(keep / "answers", options.out)
+        files = packed.pack(keep / "answers", options.out, processes=options.processes)
         about = {"seconds": round(time.time() - started, 1), "processes": options.processes, "device": device_name()}
         text = json.dumps({**about, "codes": codes, "versions": bundle.versions()}, indent=1)
         (options.out / "environment.json").write_text(text + "\n")
@@ -188,7 +188,7 @@ def device_name() -> str:
 
 def say(lines: Sequence[str]) -> None:
     """Prints lines at once."""
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
 
 
