@@ -18,6 +18,7 @@ SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 3
 HUES = ((11, 98, 168), (194, 87, 12), (107, 63, 160), (26, 127, 55), (168, 50, 107), (122, 106, 0))
 SHADE = (253, 226, 226)
 BARE = (225, 225, 225)
+LEGEND = 160
 
 
 def heat_map(
@@ -54,9 +55,9 @@ def heat_map(
     table = torch.tensor([blend(SCALE, i / 255) for i in range(256)], dtype=torch.uint8)
     colours = Image.fromarray(table[(shares * 255).round().long()].numpy())
     over = Image.blend(picture.convert("RGB"), colours, opacity)
-    drawing = Drawing(picture.width + 20, picture.height + 60)
+    drawing = Drawing(max(picture.width + 20, _width(title)), picture.height + 60)
     drawing.add(Label(10, 18, title), Photo(10, 26, over))
-    _legend(drawing, 10, picture.height + 34, min(picture.width, 160), low, high)
+    _legend(drawing, 10, picture.height + 34, min(picture.width, LEGEND), low, high)
     return drawing
 
 
@@ -85,7 +86,8 @@ def head_matrix(
     low, high = _range(values, low, high)
     side, gap = 14, 4 if group else 0
     left, top = 46, 44
-    drawing = Drawing(left + heads * side + (heads - 1) // max(group, 1) * gap + 20, top + rows * side + 56)
+    width = left + max(heads * side + (heads - 1) // max(group, 1) * gap, LEGEND + 10) + 20
+    drawing = Drawing(max(width, _width(title)), top + rows * side + 56)
     drawing.add(
         Label(10, 18, title), Label(left, top - 6, "head"), Label(14, top + rows * side / 2, "layer", "middle", True)
     )
@@ -99,7 +101,7 @@ def head_matrix(
             if (row, head) in chosen:
                 end = side - 1
                 drawing.add(Stroke(((x, y), (x + end, y), (x + end, y + end), (x, y + end), (x, y)), (200, 0, 0), 2))
-    _legend(drawing, left, top + rows * side + 12, 160, low, high)
+    _legend(drawing, left, top + rows * side + 12, LEGEND, low, high)
     return drawing
 
 
@@ -130,7 +132,7 @@ def curve(
     low, high = _range(ends, None, None)
     step, left, top, height = 26, 60, 40, 180
     width = max(step * max(len(tokens) - 1, 1), 120)
-    drawing = Drawing(left + width + 40, top + height + 110 + 16 * len(series))
+    drawing = Drawing(max(left + width + 40, _width(title)), top + height + 110 + 16 * len(series))
 
     def place(i: int, value: float) -> tuple[float, float]:
         return left + step * i, top + height * (1 - (value - low) / (high - low))
@@ -159,6 +161,11 @@ def _range(values: Tensor, low: float | None, high: float | None) -> tuple[float
     low = (float(finite.min()) if len(finite) else 0.0) if low is None else low
     high = (float(finite.max()) if len(finite) else 1.0) if high is None else high
     return low, high if high > low else low + 1.0
+
+
+def _width(title: str) -> int:
+    """Room that a title needs, roughly."""
+    return 20 + 7 * len(title)
 
 
 def _legend(drawing: Drawing, x: float, y: float, width: float, low: float, high: float) -> None:
