@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 from ..errors import UsageError
 from . import guards, stats
@@ -12,6 +13,7 @@ from .guards import Record
 from .judge import Bounds, direction, warnings
 
 SHARES = ("unparsed", "yes_ratio")
+DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,9 @@ def compare(
     rows: Sequence[Row],
     *,
     bounds: Bounds | None = None,
+    tested: Collection[str] | None = None,
     level: float = 0.95,
-    draws: int = 10_000,
+    draws: int | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Compares rows with the first one, the reference, on the items that every row answers.
@@ -140,8 +143,10 @@ def compare(
         title: benchmark and scorer variant.
         rows: reference first.
         bounds: of the guards.
+        tested: metrics that are tested, those that a table prints; all by default.
         level: coverage of the intervals; tests have size 1 - level.
-        draws: of the resamplings.
+        draws: of the resamplings; by default `DRAWS`, or more where the smallest p value that they can give would not
+            outlive Holm's correction.
         seed: of the resamplings.
 
     Raises:
@@ -155,10 +160,12 @@ def compare(
             raise UsageError(f"two rows are called {name!r}; give each its own name")
     rows, notes = _common(rows)
     reference = rows[0]
+    family = [name for name in reference.score.metrics if direction(name) and (tested is None or name in tested)]
+    draws = draws or max(DRAWS, ceil(4 * len(family) * len(rows) / (1 - level)))
     gaps = [stats.paired(reference.score, r.score, level=level, draws=draws, seed=seed) for r in rows[1:]]
     metrics = [name for name in reference.score.metrics if name not in (*guards.TEXT, *guards.COST, *SHARES)]
-    tested = [(place, name) for place, gap in enumerate(gaps) for name in gap if direction(name)]
-    adjusted = dict(zip(tested, stats.holm([gaps[place][name].p for place, name in tested]), strict=True))
+    asked = [(place, name) for place, gap in enumerate(gaps) for name in family if name in gap]
+    adjusted = dict(zip(asked, stats.holm([gaps[place][name].p for place, name in asked]), strict=True))
     lines = []
     for place, entry in enumerate(rows, -1):
         figures, moved, cells = entry.score.figures(), gaps[place] if place >= 0 else {}, {}

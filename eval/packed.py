@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import UsageError
 from .spec import Spec
 from .store import Store
+from .stored import REFUSED
 
 _REMADE = "spec"
 FORMAT = 1
@@ -36,14 +37,17 @@ def pack(folder: str | Path, out: str | Path, size: int = 15 << 20, processes: i
     if not runs:
         raise UsageError(f"{folder} holds no answers; give the folder `answers` of --out")
     Path(out).mkdir(parents=True, exist_ok=True)
+    told = Path(folder) / REFUSED
+    reasons = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
+    head = gzip.compress(f"{json.dumps({'format': FORMAT, 'refused': reasons})}\n".encode(), mtime=0)
     written: list[Path] = []
     filled = size
     with ProcessPoolExecutor(processes) as pool:
         for data in pool.map(_packed, runs):
             if filled + len(data) > size:
                 written.append(Path(out) / f"answers-{len(written)}.jsonl.gz")
-                written[-1].unlink(missing_ok=True)
-                filled = 0
+                written[-1].write_bytes(head)
+                filled = len(head)
             with written[-1].open("ab") as file:  # compressed pieces one after the other are one compressed file
                 file.write(data)
             filled += len(data)
@@ -67,7 +71,10 @@ def unpack(files: Sequence[str | Path], folder: str | Path) -> int:
     batch: list[dict[str, Any]] = []
     for path in files:
         for line in _read(Path(path)):
-            if "run" in line:
+            if "refused" in line:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                (Path(folder) / REFUSED).write_text(json.dumps(line["refused"], indent=1) + "\n", encoding="utf-8")
+            elif "run" in line:
                 _keep(store, batch)
                 place = Path(folder) / line["run"]
                 store, last = (None if place.exists() else Store(place, line["answers"])), {}
@@ -95,7 +102,7 @@ def _lines(run: Path) -> Iterator[dict[str, Any]]:
     for answers in sorted({spec.answers_hash for spec in specs}):
         merged = Store(run, answers).read()
         records = {**merged.errors, **merged.answers}
-        yield {"format": FORMAT, "run": run.name, "answers": answers, "files": files}
+        yield {"run": run.name, "answers": answers, "files": files}
         last: dict[str, Any] = {}
         for key in sorted(records):
             record = {name: _short(value) for name, value in records[key].items() if name != _REMADE}

@@ -79,9 +79,10 @@ def answer(
         The runs, and per row that cannot act on the model the reason.
     """
     refused: dict[str, str] = {}
+    benchmark = load(name, **grid.benchmarks[name])
     runs = suite.run(
         grid,
-        load(name, **grid.benchmarks[name]),
+        benchmark,
         sorted(arms, key=lambda arm: ORDER.get(arm.kind, len(ORDER))),
         open,
         Path(out) / "answers",
@@ -90,6 +91,8 @@ def answer(
         progress=progress,
         refused=refused,
     )
+    if not world().rank:
+        stored.note_refused(Path(out) / "answers", benchmark.label, refused)
     return runs, refused
 
 
@@ -151,10 +154,11 @@ def table(
     if not rows[0].answers[0]:
         raise UsageError(f"greedy answered nothing: {'; '.join(rows[0].notes)}")
     made = [row(benchmark, each) for each in rows]
-    comparison = compare.compare(benchmark.label, made, bounds=bounds)
+    known = made[0].score.metrics
+    columns = grid.columns if len(grid.benchmarks) == 1 else [name for name in grid.columns if name in known]
+    comparison = compare.compare(benchmark.label, made, bounds=bounds, tested=columns or None)
     absent = [f"not in the table, {label}: {reason}" for label, reason in missing.items()]
     comparison = replace(comparison, notes=[*comparison.notes, *absent])
-    columns = grid.columns if len(grid.benchmarks) == 1 else [x for x in grid.columns if x in comparison.metrics]
     files = suite.write(comparison, place / name, columns)
     if bundle_to:
         built = tables.build(comparison, list(columns) or None)

@@ -20,6 +20,8 @@ from .store import Store
 if TYPE_CHECKING:
     from .suite import Run
 
+REFUSED = "refused.json"
+
 
 def note(place: Path, spec: Spec, arm: Mapping[str, Any], grade: str, suffix: str) -> None:
     """Writes beside the answers of a run which row it is, as `run-HASH.json`.
@@ -35,6 +37,22 @@ def note(place: Path, spec: Spec, arm: Mapping[str, Any], grade: str, suffix: st
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes write the same
     beside.write_text(json.dumps({"arm": arm, "grade": grade, "suffix": suffix}) + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+def note_refused(folder: Path, benchmark: str, refused: Mapping[str, str]) -> None:
+    """Adds the reasons of rows that cannot act on the model to the folder's `refused.json`.
+
+    Args:
+        folder: of all runs.
+        benchmark: its label.
+        refused: row -> reason.
+    """
+    path = folder / REFUSED
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known[benchmark] = {**known.get(benchmark, {}), **refused}
+    if refused:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 def runs(grid: Grid, benchmark: Benchmark, arms: Sequence[Arm], folder: str | Path) -> tuple[list[Run], dict[str, str]]:
@@ -55,6 +73,9 @@ def runs(grid: Grid, benchmark: Benchmark, arms: Sequence[Arm], folder: str | Pa
     from .suite import Run
 
     known = _read(Path(folder), grid, benchmark)
+    beside = Path(folder) / REFUSED
+    refused = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    reasons = refused.get(benchmark.label, {})
     plain = benchmark.items()
     found: list[Run] = []
     missing: dict[str, str] = {}
@@ -68,10 +89,10 @@ def runs(grid: Grid, benchmark: Benchmark, arms: Sequence[Arm], folder: str | Pa
             if len(near) > 1:
                 raise UsageError(f"{folder} holds {len(near)} runs of {arm.name}; keep those of one version apart")
             if not near:
-                missing[arm.name] = "no answers"
+                missing[arm.name] = reasons.get(arm.name, "no answers")
                 continue
-            spec, told, place = near[0]
-            items = [replace(item, prompt=item.prompt + told["suffix"]) for item in plain]
+            spec, row, place = near[0]
+            items = [replace(item, prompt=item.prompt + row["suffix"]) for item in plain]
             if hash_questions(items) != spec.questions:
                 raise UsageError(f"{place} answers other questions than {benchmark.label} asks here")
             store = Store(place, spec.answers_hash)
@@ -79,7 +100,7 @@ def runs(grid: Grid, benchmark: Benchmark, arms: Sequence[Arm], folder: str | Pa
             lacking = len(wanted - store.done())
             if lacking:
                 missing[arm.name] = f"{lacking} of {len(wanted)} items were not asked"
-            mine.append(Run(arm, seed, spec, store, items, told["grade"]))
+            mine.append(Run(arm, seed, spec, store, items, row["grade"]))
         if arm.name not in missing:
             found += mine
     if missing.get("greedy"):
