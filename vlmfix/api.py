@@ -18,6 +18,7 @@ from vlmfix.attention import run
 from vlmfix.attention.compiled import Compiled
 from vlmfix.attention.observing import OBSERVERS, watched
 from vlmfix.attention.request import NO_PICTURE, OWN, Request
+from vlmfix.diagnostics.looking import Gaze
 from vlmfix.diagnostics.recording import Recording
 from vlmfix.engine import search
 from vlmfix.errors import Refusal, UsageError
@@ -124,9 +125,13 @@ class FixedVLM:
         finalizer = getattr(self, "_finalizer", None)
         if finalizer is not None and not finalizer.alive:
             raise UsageError(f"{self.recipe}: this model was closed, so the recipe no longer acts; wrap it again")
+        refuse_tensors(self.compiled)
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        kwargs["generation_config"] = generation_config
+        return self._generate(seed, ids, {**kwargs, "generation_config": generation_config})
+
+    def _generate(self, seed: int | None, ids: Sequence[str] | None, kwargs: dict[str, Any]) -> Any:
+        """As `generate`; pictures are redrawn already."""
         kwargs, overridden = settings.plain(self.model.generation_config, settings.spelled_out(kwargs))
         draw = None
         if seed is not None and kwargs.get("do_sample"):
@@ -135,8 +140,7 @@ class FixedVLM:
             names = [str(i) for i in range(rows)] if ids is None else [str(i) for i in ids]
             if len(names) != rows:
                 raise UsageError(f"ids= names {len(names)} samples, the batch has {rows}")
-            width = 0 if self.parts.embeds or entry is None else entry.shape[1]
-            kwargs, draw = settings.seeded(kwargs, seed, names, width)
+            kwargs, draw = settings.seeded(kwargs, seed, names)
         generate = _own(self.model)
         with encoding.once(self.model, self._encoded), _outside():
             if self.compiled.plain and not watched(self.model):
@@ -189,13 +193,15 @@ class FixedVLM:
         if (generation.get("num_return_sequences") or 1) > 1:
             raise UsageError("answer gives one answer for each question; for num_return_sequences call generate")
         out: list[Answer | None] = [None] * len(questions)
+        pictures = self._redrawn(pictures, questions, system)
         for batch in self._batcher.batches(pictures, questions, system):
             started = time.perf_counter()
             inputs = self._shared(batch, generation)
             chosen = [names[i] for i in batch.items]
             first = FirstToken(*self._batcher.yes_and_no, len(chosen))
             options = {**first.listening(generation), "max_new_tokens": max_new_tokens}
-            tokens = self.generate(**inputs, seed=seed, ids=chosen, **options)
+            tokens = self._generate(seed, chosen, {**inputs, **options})
+            self._report_redrawn(len(batch.pictures))
             texts = self._batcher.decode(tokens, inputs)
             seconds = (time.perf_counter() - started) / len(batch.items)
             for row, (i, (text, count)) in enumerate(zip(batch.items, texts, strict=True)):
@@ -204,6 +210,23 @@ class FixedVLM:
         answers = [a for a in out if a is not None]
         final: list[Any] = list(answers) if details else [a.text for a in answers]
         return final[0] if single else final
+
+    def _redrawn(self, pictures: list[Any], questions: list[str], system: str | None) -> list[Any]:
+        """Pictures as the recipe's picture methods redraw them; items without pictures stay."""
+        if not self.compiled.pictures:
+            return pictures
+        rows = [self._batcher.opened(entry) for entry in pictures]
+        seen = [i for i, row in enumerate(rows) if row]
+        gaze = Gaze(self._batcher, self.compiled.facts, system)
+        for method in self.compiled.pictures:
+            chosen, asked = [rows[i] for i in seen], [questions[i] for i in seen]
+            for i, row in zip(seen, method.redraw(chosen, asked, gaze, self.parts.depth), strict=True):
+                rows[i] = row
+        return [row or None for row in rows]
+
+    def _report_redrawn(self, rows: int) -> None:
+        for method in self.compiled.pictures:
+            self.report.setdefault("methods", {})[registry.name_of(method)] = {"rows": rows}
 
     def _shared(self, batch: Batch, generation: Mapping[str, Any]) -> dict[str, Any]:
         """A batch's inputs, with the prefixes of rows about one picture read once where that changes nothing."""
@@ -352,6 +375,15 @@ def record(
             OBSERVERS.reset(token)
 
 
+def refuse_tensors(compiled: Compiled) -> None:
+    """Refuses recipes that redraw pictures where there are only tensors left of them."""
+    for method in compiled.pictures:
+        raise Refusal(
+            f"{registry.name_of(method)} redraws the picture itself and cannot act on a processor's tensors "
+            f"({compiled.facts.family}); call answer(images, prompts)"
+        )
+
+
 def compile_for(parts: Parts, recipe: Recipe, processor: Any = None) -> Compiled:
     """Compiles a recipe for an installed model, with the presets of its checkpoint."""
     config = parts.text_config
@@ -435,6 +467,8 @@ def _open(parts: Parts, kwargs: dict[str, Any]) -> Request | None:
     if isinstance(state, Request):
         return state
     application = next((a for a in reversed(_APPLIED.get()) if a.parts is parts), None)
+    if application is not None:
+        refuse_tensors(application.compiled)
     if application is None or (application.compiled.plain and not watched(parts.model)):
         return None
     if cache is not None and cache.get_seq_length() > 0:
@@ -495,6 +529,7 @@ class _Generate:
             )
             return plain(**kwargs)
         current = applications[-1]
+        refuse_tensors(current.compiled)
         if current.compiled.plain and not watched(model):
             return plain(**{k: v for k, v in kwargs.items() if k != "visual_mask"})
         call = search.caller(current.parts, current.compiled, plain)
@@ -513,8 +548,8 @@ def _outside() -> Iterator[None]:
 
 def _own(model: Any) -> Any:
     """The model's generate without the recipes of its context."""
-    found = model.generate
-    return type(model).generate.__get__(model) if isinstance(found, _Generate) else found
+    found = vars(model).get("generate")
+    return settings.own_generate(model) if found is None or isinstance(found, _Generate) else found
 
 
 def _paired(images: Any, prompts: Any) -> tuple[list[Any], list[str]]:

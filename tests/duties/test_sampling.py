@@ -86,6 +86,13 @@ def test_seeds_do_not_go_with_beams():
         lab.vlm("llava", "vcd").generate(**inputs, seed=1, do_sample=True, num_beams=2)
 
 
+@pytest.mark.parametrize("name", ["typical_p", "epsilon_cutoff", "eta_cutoff"])
+def test_seeds_do_not_go_with_truncations_the_draw_does_not_know(name):
+    inputs = lab.under("llava").inputs((1,))
+    with pytest.raises(vlmfix.VlmfixError, match=f"leave {name} or the seed out"):
+        lab.vlm("llava", "vcd").generate(**inputs, seed=1, do_sample=True, **{name: 0.3})
+
+
 def test_ids_must_name_every_row():
     inputs = lab.under("llava").inputs((1, 1))
     with pytest.raises(vlmfix.VlmfixError, match="ids= names 1 samples, the batch has 2"):

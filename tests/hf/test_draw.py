@@ -58,7 +58,7 @@ def test_tokens_that_are_ruled_out_are_never_drawn(u):
 
 
 def test_the_processor_leaves_the_drawn_token_of_each_step():
-    draw = SeededDraw(0, ["a", "b"], 2, 3, LogitsProcessorList([TemperatureLogitsWarper(0.5)]), keep_scores=True)
+    draw = SeededDraw(0, ["a", "b"], 2, LogitsProcessorList([TemperatureLogitsWarper(0.5)]), keep_scores=True)
     scores = torch.randn(4, 11, generator=torch.Generator().manual_seed(0))
     u = uniforms(np.array([row_key(0, item, s) for item in "ab" for s in (0, 1)], dtype=np.uint64), 0, BLOCK + 2)
     for step in (0, 1, BLOCK - 1, BLOCK, BLOCK + 1):

@@ -175,7 +175,13 @@ def _embed(parts: Parts, inputs: dict[str, Any]) -> Tensor:
 
 
 def repeat_pictures(joint: Joint, pictures: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Picture inputs for rows repeated in place (beams without a cache), each tensor cut by row first."""
+    """Picture inputs for rows repeated in place (beams without a cache), each tensor cut by row first.
+
+    Raises:
+        Refusal: the inputs count through all pictures of the batch.
+    """
+    if "image_token_pooling" in pictures:
+        raise Refusal("beams without a cache would mix up this family's pictures; set use_cache=True")
     out: dict[str, Any] = {}
     for key, value in pictures.items():
         rows = by_row(joint.layout, value, joint.per_row)

@@ -21,7 +21,6 @@ class SeededDraw(LogitsProcessor):  # type: ignore[misc]
         seed: of the run.
         items: name of each sample of the batch.
         repeats: return sequences per sample; their index is part of the draw.
-        prompt_length: length of the ids at the first step.
         warpers: temperature, top-k, top-p and the like, applied before the draw.
         keep_scores: keep the warped scores of every step, which the caller asked for.
     """
@@ -31,13 +30,12 @@ class SeededDraw(LogitsProcessor):  # type: ignore[misc]
         seed: int,
         items: Sequence[str],
         repeats: int,
-        prompt_length: int,
         warpers: LogitsProcessorList,
         keep_scores: bool,
     ) -> None:
         keys = [row_key(seed, item, sample) for item in items for sample in range(repeats)]
         self.keys = np.array(keys, dtype=np.uint64)
-        self.prompt_length = prompt_length
+        self._prompt_length: int | None = None
         self.warpers = warpers
         self.scores: list[Tensor] | None = [] if keep_scores else None
         self._uniforms = torch.empty(0)
@@ -45,7 +43,9 @@ class SeededDraw(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[rows, V] scores -> 0 at the drawn token, -inf elsewhere."""
-        step = input_ids.shape[1] - self.prompt_length
+        if self._prompt_length is None:  # families differ in whether the prompt is among the ids
+            self._prompt_length = input_ids.shape[1]
+        step = input_ids.shape[1] - self._prompt_length
         if not self._first <= step < self._first + self._uniforms.shape[-1]:
             self._first = step
             self._uniforms = torch.from_numpy(uniforms(self.keys, step, BLOCK)).to(scores.device)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import (
+    GenerationMixin,
     LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -129,22 +130,28 @@ def refuse(
         raise Refusal("cache_implementation='static': this method needs a cache that grows; use 'dynamic'")
 
 
-def seeded(
-    kwargs: dict[str, Any], seed: int, items: Sequence[str], prompt_length: int
-) -> tuple[dict[str, Any], SeededDraw]:
+def own_generate(model: Any) -> Any:
+    """The generate of a model's class; Janus' own drops the logits processors of text generation."""
+    cls = GenerationMixin if model.config.model_type == "janus" else type(model)
+    return cls.generate.__get__(model)
+
+
+def seeded(kwargs: dict[str, Any], seed: int, items: Sequence[str]) -> tuple[dict[str, Any], SeededDraw]:
     """Moves the draw of a sampling run into `SeededDraw`.
 
     Args:
         kwargs: keywords of `generate`; temperature, top_k, top_p and min_p are taken over.
         seed: of the run.
         items: name of each sample.
-        prompt_length: K.
 
     Raises:
-        UsageError: beams, where a draw per row has no meaning.
+        UsageError: beams, where a draw per row has no meaning, or a truncation that the draw does not know.
     """
-    if kwargs.get("num_beams", 1) > 1:
+    if (kwargs.get("num_beams") or 1) > 1:
         raise UsageError("seed= draws one token per row and does not go with num_beams > 1; leave one of them out")
+    for name in ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"):
+        if kwargs.get(name) not in (None, NEUTRAL.get(name)):
+            raise UsageError(f"seed= knows temperature, top_k, top_p and min_p; leave {name} or the seed out")
     warpers = LogitsProcessorList()
     if (temperature := kwargs.get("temperature", 1.0)) not in (None, 1.0):
         warpers.append(TemperatureLogitsWarper(float(temperature)))
@@ -155,6 +162,6 @@ def seeded(
     if min_p := kwargs.get("min_p"):
         warpers.append(MinPLogitsWarper(min_p))
     repeats = kwargs.get("num_return_sequences") or 1
-    draw = SeededDraw(seed, items, repeats, prompt_length, warpers, bool(kwargs.get("output_scores")))
+    draw = SeededDraw(seed, items, repeats, warpers, bool(kwargs.get("output_scores")))
     processors = LogitsProcessorList([*(kwargs.get("logits_processor") or []), draw])
     return {**kwargs, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "logits_processor": processors}, draw
