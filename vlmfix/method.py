@@ -404,6 +404,39 @@ class DecodingMethod(Method):
         raise NotImplementedError
 
 
+class Looker(Protocol):
+    """Lets the plain model answer and reports where it looked."""
+
+    def __call__(
+        self, pictures: Sequence[Sequence[Any]], questions: Sequence[str], layers: Sequence[int], new_tokens: int
+    ) -> list[list[Tensor]]:
+        """Per item and picture [S, L, rows, columns]: attention of each predicting token, mean over heads."""
+        ...
+
+
+@dataclass(frozen=True)
+class PictureMethod(Method):
+    """A method that redraws pictures before anything else sees them; it acts where pictures are, in `answer`."""
+
+    kind: ClassVar[str] = "view"
+
+    def redraw(
+        self, pictures: Sequence[Sequence[Any]], questions: Sequence[str], look: Looker, depth: int
+    ) -> list[list[Any]]:
+        """Other pictures for the same questions.
+
+        Args:
+            pictures: per item its pictures (PIL, RGB), at least one.
+            questions: per item its question.
+            look: where the plain model looks under a question.
+            depth: L, the model's layers.
+
+        Returns:
+            Per item its pictures.
+        """
+        raise NotImplementedError
+
+
 def resolve_layers(spec: LayerSpec, depth: int) -> tuple[int, ...]:
     """Layer indices of a specification.
 

@@ -17,7 +17,7 @@ from vlmfix import registry
 from vlmfix.attention.compiled import Compiled
 from vlmfix.checks import check_types
 from vlmfix.errors import Refusal, UsageError, nearest
-from vlmfix.method import AttentionMethod, DecodingMethod, Method, ModelFacts
+from vlmfix.method import AttentionMethod, DecodingMethod, Method, ModelFacts, PictureMethod
 
 FORMAT = 1
 GRADES = ("ours", "ref-run", "derived", "abstract-only")
@@ -138,6 +138,7 @@ class Recipe:
         decoding: list[DecodingMethod] = []
         dropped: list[str] = []
         own: list[int] = []
+        pictures: list[PictureMethod] = []
         for method in self.methods:
             name = registry.name_of(method)
             check_types(name, method)
@@ -165,13 +166,15 @@ class Recipe:
                     own.append(len(attention))
                     attention.append(part)
                     layers.append(frozenset(part.acts_on(facts.depth)) & frozenset(facts.heads))
+            elif isinstance(ready, PictureMethod):
+                pictures.append(ready)
             else:
                 raise Refusal(f"{name}: methods of kind {method.kind!r} cannot act yet")
         if len(decoding) > 1:
             names = " and ".join(registry.name_of(m) for m in decoding)
             raise Refusal(f"{names} both rewrite the logits; a recipe can hold one of them")
         chosen = decoding[0] if decoding else None
-        return Compiled(tuple(attention), tuple(layers), chosen, facts, tuple(dropped), tuple(own))
+        return Compiled(tuple(attention), tuple(layers), chosen, facts, tuple(dropped), tuple(own), tuple(pictures))
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from vlmfix.errors import Refusal
-from vlmfix.method import AttentionMethod, DecodingMethod, ModelFacts
+from vlmfix.method import AttentionMethod, DecodingMethod, ModelFacts, PictureMethod
 from vlmfix.view import View
 
 
@@ -22,6 +22,7 @@ class Compiled:
         facts: the model it was compiled for.
         dropped: names of neutral methods that were left out.
         own: places of the attention methods that belong to the decoding method.
+        pictures: methods that redraw pictures, in order, before the rest sees them.
     """
 
     attention: tuple[AttentionMethod, ...]
@@ -30,6 +31,7 @@ class Compiled:
     facts: ModelFacts
     dropped: tuple[str, ...] = ()
     own: tuple[int, ...] = ()
+    pictures: tuple[PictureMethod, ...] = ()
 
     @property
     def plain(self) -> bool:

@@ -54,9 +54,17 @@ class Batcher:
         """Token ids that begin a yes and a no."""
         return yes_and_no(tokenizer_of(self.processor))
 
+    @staticmethod
+    def opened(entry: Any) -> list[Image.Image]:
+        """The pictures of one question, read and in RGB."""
+        if entry is None:
+            return []
+        entries = entry if isinstance(entry, list | tuple) else [entry]
+        return [reading.load(e) if isinstance(e, str) or hasattr(e, "__fspath__") else reading.rgb(e) for e in entries]
+
     def batches(self, pictures: Sequence[Any], questions: Sequence[str], system: str | None = None) -> Iterator[Batch]:
         """One batch per number of pictures a row has."""
-        rows = [_opened(entry) for entry in pictures]
+        rows = [self.opened(entry) for entry in pictures]
         for count in sorted({len(row) for row in rows}):
             items = [i for i, row in enumerate(rows) if len(row) == count]
             inputs = self.inputs([rows[i] for i in items], [questions[i] for i in items], system)
@@ -158,10 +166,3 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 def _name(entry: Any) -> str:
     entries = entry if isinstance(entry, list | tuple) else [entry]
     return repr([str(e) if isinstance(e, str) or hasattr(e, "__fspath__") else id(e) for e in entries])
-
-
-def _opened(entry: Any) -> list[Any]:
-    if entry is None:
-        return []
-    entries = entry if isinstance(entry, list | tuple) else [entry]
-    return [reading.load(e) if isinstance(e, str) or hasattr(e, "__fspath__") else reading.rgb(e) for e in entries]
