@@ -143,10 +143,10 @@ class Opener:
     def _placebo(self, recipe: str, kind: str, seed: int) -> Any:
         if self.placebo is not None:
             return self.placebo(recipe, kind, seed)
-        from ..decoders.placebo import placebo
         from ..presets import preset
+        from .placebos import placebo_recipe
 
-        return placebo(recipe, kind, seed, preset(str(getattr(self._plain.model.config, "_name_or_path", ""))))
+        return placebo_recipe(recipe, kind, seed, preset(str(getattr(self._plain.model.config, "_name_or_path", ""))))
 
 
 def _try(answerer: VlmAnswerer) -> None:

@@ -157,6 +157,10 @@ def table(
     known = made[0].score.metrics
     columns = grid.columns if len(grid.benchmarks) == 1 else [name for name in grid.columns if name in known]
     comparison = compare.compare(benchmark.label, made, bounds=bounds, tested=columns or None)
+    if len(grid.benchmarks) > 1:
+        columns = [column for column in columns if column in comparison.metrics]
+    if len(grid.benchmarks) > 1:  # guards have columns of their own
+        columns = [name for name in columns if name in comparison.metrics]
     absent = [f"not in the table, {label}: {reason}" for label, reason in missing.items()]
     comparison = replace(comparison, notes=[*comparison.notes, *absent])
     files = suite.write(comparison, place / name, columns)

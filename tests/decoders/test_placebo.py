@@ -3,10 +3,11 @@
 import pytest
 import torch
 from PIL import Image
+from vlmfix.eval.placebos import placebo_recipe as placebo
 
 from vlmfix.api import load, wrap
 from vlmfix.decoders.groups import per_group
-from vlmfix.decoders.placebo import Heads, Moved, placebo, showing
+from vlmfix.decoders.placebo import Heads, Moved, showing
 from vlmfix.decoders.var import VAR
 from vlmfix.decoders.vcd import VCD
 from vlmfix.errors import Refusal, UsageError

@@ -27,7 +27,6 @@ from vlmfix.errors import Refusal, UsageError, nearest
 from vlmfix.layout import Kind, Layout
 from vlmfix.method import AttentionMethod, DecodingMethod, Glance, LayerContext, Method, ModelFacts
 from vlmfix.plan import Plan
-from vlmfix.recipe import Recipe, _with_preset
 from vlmfix.view import Picture, View
 
 if TYPE_CHECKING:  # a mixin stands before a class of this kind
@@ -39,35 +38,22 @@ else:
 _SHOWN: ContextVar[Sequence[Image]] = ContextVar("vlmfix_placebo_pictures", default=())
 
 
-def placebo(recipe: str, kind: str, seed: int = 0, preset: Mapping[str, dict[str, Any]] | None = None) -> Recipe:
-    """A recipe whose methods make their choice at random; methods that such a choice does not concern stay.
+def placebo(method: Method, kind: str, seed: int = 0) -> Method | None:
+    """A method that makes its choice at random; None where such a choice does not concern this kind of method.
 
     Args:
-        recipe: recipe text.
+        method: the method.
         kind: `text-keys`, `heads` or `other-picture`.
         seed: of the choice.
-        preset: method name -> settings published for the checkpoint, which the placebo shares with the method.
 
     Raises:
         UsageError: for an unknown kind.
-        Refusal: if no method of the recipe makes such a choice.
     """
     if kind not in KINDS:
         raise UsageError(f"unknown placebo {kind!r}{nearest(kind, KINDS)}")
     mixin, base = KINDS[kind]
-    methods = Recipe.parse(recipe).methods
-    if not any(isinstance(method, base) for method in methods):
-        raise Refusal(f"{recipe}: the placebo {kind} needs {'an attention' if base is AttentionMethod else 'a'} method")
-    made = [
-        _as(mixin, _with_preset(method, (preset or {}).get(registry.name_of(method), {})), kind, seed)
-        if isinstance(method, base)
-        else method
-        for method in methods
-    ]
-    return Recipe(tuple(made))
-
-
-def _as(mixin: type, method: Method, kind: str, seed: int) -> Method:
+    if not isinstance(method, base):
+        return None
     own: Any = type(method)
     made: Method = _class(mixin, own, kind, seed)(**{f.name: getattr(method, f.name) for f in fields(method)})
     return made
