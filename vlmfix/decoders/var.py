@@ -87,6 +87,8 @@ class VAR(AttentionMethod):
         """Groups the keys by sink or not; rows after the pictures are redistributed."""
         layout = context.layout
         sinks = self._sinks(context)
+        if sinks is None:
+            return None
         visual = layout.visual
         n_sinks = (visual & sinks).sum(1)
         if not bool(n_sinks.any()):
@@ -96,17 +98,24 @@ class VAR(AttentionMethod):
         rule = redistribute(layout.n_visual, n_sinks, self.move_fraction, self.keep_ratio, self.min_mass)
         return Plan(groups, 4, active_from=layout.after_visual, rule=rule)
 
-    def _sinks(self, context: LayerContext) -> Tensor:
-        """[B, K] sinks among the prompt's tokens seen so far; the prompt may come in chunks."""
+    def _sinks(self, context: LayerContext) -> Tensor | None:
+        """[B, K] sinks among the prompt's tokens seen so far, which may come in chunks.
+
+        None in layers through which a model runs only the last token of the prompt.
+        """
         layout, hidden = context.layout, context.hidden
         sinks = context.memory.setdefault("sinks", torch.zeros_like(layout.visual))
+        unread = context.memory.setdefault("unread", layout.visual.clone())
+        seen = layout.length
         if hidden is not None and context.past < layout.length:
             assert self.sink_dims is not None
             assert self.tau is not None
             part = slice(context.past, min(context.past + hidden.shape[1], layout.length))
             phi = sink_score(hidden[:, : part.stop - part.start], self.sink_dims)
             sinks[:, part] = (phi > self.tau) & layout.valid[:, part]
-        return sinks
+            unread[:, part] = False
+            seen = part.stop
+        return None if bool(unread[:, :seen].any()) else sinks
 
 
 def redistribute(n_visual: Tensor, n_sinks: Tensor, move: float, keep: float, min_mass: float) -> FusedRule:
