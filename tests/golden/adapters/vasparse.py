@@ -13,6 +13,7 @@ from vlmfix.decoders.vasparse_contrast import VASparseContrast
 from vlmfix.method import Step
 
 from ..cases import ATTENTION, close, same
+from . import vasparse_attention
 
 MUTANTS = {
     "plausible set dropped": lambda patch: patch.setattr(vasparse_contrast, "keep", lambda scores, allowed: scores),
@@ -34,6 +35,8 @@ def check(case: dict[str, Any], arrays: dict[str, Tensor], folder: Path) -> None
         scores = _scores(method, "final_logits", "embedding_logits", arrays)
         close(scores, arrays["log_probs"], ATTENTION, "log-probabilities")
         same(scores.isfinite(), arrays["filtered"].isfinite(), "plausible set")
+    elif "attention_history" in arrays:
+        vasparse_attention.check(case, arrays, folder)
     else:
         pytest.skip("concerns the sparse cache, which is not part of the contrast")
 
