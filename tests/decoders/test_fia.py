@@ -117,3 +117,12 @@ def test_a_prompt_in_chunks_is_refused_where_heads_are_measured():
     plain = generate(tiny, "fia(head_sensitivity=False)", tiny.inputs([1]))
     chunked = generate(tiny, "fia(head_sensitivity=False)", tiny.inputs([1]), prefill_chunk_size=5)
     assert gap(plain, chunked) < 2e-5
+
+
+@torch.no_grad()
+def test_pictures_encoded_elsewhere_are_refused():
+    tiny = families.build("llava")
+    inputs = dict(tiny.inputs([1]))
+    features = tiny.model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    with pytest.raises(Refusal, match="pixel_values"):
+        generate(tiny, "fia", {**inputs, "mm_encoder_outputs": {"image": features}})

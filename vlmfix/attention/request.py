@@ -253,8 +253,10 @@ class Request:
 
     def step(self, rows: int, queries: int, past: Any, device: Any) -> None:
         """A decoder forward begins."""
-        if self.compiled.vision_layers and not self.layers.seen and bool(self.layers.layout.visual.any()):
+        if self.compiled.vision_layers and not self.layers.seen and any(self.visual_tokens):
             read, layout = self._class_rows or encoding.notes(), self.layers.layout
+            if not read:
+                raise Refusal("the vision tower did not run, so its class token cannot be read; pass pixel_values")
             self.layers.seen = {k: on_tokens(self.parts.model, layout, v, self.inputs) for k, v in read.items()}
         self.layers.step(rows, queries, past, device)
 
