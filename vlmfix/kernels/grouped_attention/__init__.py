@@ -17,7 +17,7 @@ CHUNK = 64
 
 def served(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan]) -> bool:
     """Whether the Triton kernels take these inputs and plans; any number of query rows then comes at once."""
-    return bool(plans) and use_triton(q, k, v) and unsupported(plans) is None
+    return len(plans) > 0 and use_triton(q, k, v) and unsupported(plans) is None
 
 
 def grouped_attention(

@@ -104,7 +104,7 @@ def finish(
     weighted = packed.key_weight is not None
     ruled = [digit for digit in packed.digits if plans[digit.index].rule is not None]
     fused = fused_form(plans[ruled[0].index].rule) if len(ruled) == 1 else None
-    generic = bool(ruled) and fused is None
+    generic = len(ruled) > 0 and fused is None
     factors = None
     if generic or any(plan.sink is not None and plan.statistics for plan in plans):
         masses, lse = grouped_masses(stat, sinks, q_pos, heads, packed.n_groups, weighted)

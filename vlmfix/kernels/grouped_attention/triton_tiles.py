@@ -271,11 +271,12 @@ def _results(
 def _config(q: Tensor, v: Tensor) -> dict[str, int]:
     """Launch configuration."""
     wide = max(q.shape[-1], v.shape[-1]) * q.element_size()
-    most = 128 if wide <= 256 else 64 if q.element_size() == 2 else 32
+    exact = q.element_size() == 4  # float32 tiles of 128 rows and three stages exceed the shared memory of sm_90
+    most = (64 if exact else 128) if wide <= 256 else 32 if exact else 64
     queries = power_of_two(min(q.shape[2], most), 16)
     return {
         "M": queries,
         "N": 16 if INTERPRETED else max(16, min(64, 16384 // power_of_two(wide))),
         "num_warps": 8 if queries >= 128 else 4,
-        "num_stages": 3 if wide <= 256 else 2,
+        "num_stages": 3 if wide <= 256 and not exact else 2,
     }
