@@ -201,7 +201,7 @@ def main() -> None:
         "shape": options.shape,
         "length": options.length,
         "copy_bytes_per_second": rate,
-        "weight_read_floor_ms": 1e3 * 2 * weights / rate,
+        "weight_read_floor_ms": 1e3 * weights / rate,
         "rows": [],
     }
     settings = {"do_sample": False}
