@@ -85,7 +85,14 @@ def runs(grid: Grid, benchmark: Benchmark, arms: Sequence[Arm], folder: str | Pa
         seeds: Sequence[int | None] = grid.seeds if arm.settings.get("do_sample") else (None,)
         mine = []
         for seed in seeds:
-            near = [entry for entry in known if entry[1]["arm"] == _json(asdict(arm)) and entry[0].seed == seed]
+            settings = _json({"max_new_tokens": benchmark.max_new_tokens, **grid.generation, **arm.settings})
+            near = [
+                (spec, row, place)
+                for spec, row, place in known
+                if row["arm"] == _json(asdict(arm))
+                and spec.seed == seed
+                and {key: value for key, value in spec.generation.items() if key != "system"} == settings
+            ]
             if len(near) > 1:
                 raise UsageError(f"{folder} holds {len(near)} runs of {arm.name}; keep those of one version apart")
             if not near:

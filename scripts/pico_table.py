@@ -5,7 +5,8 @@
 
 The first answers benchmarks/pico.toml with several processes on one device and writes FOLDER/answers-N.jsonl.gz; it
 needs torch, transformers and pillow, and no installation. When the time is over it packs what it has; with
---keep DIR the same command goes on later. The second scores these files and needs no GPU.
+--keep DIR the same command goes on later, with --have FILES on another machine. The second scores these files and needs
+no GPU.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from vlmfix.eval.baselines import Arm  # noqa: E402
 
 GRID = ROOT / "benchmarks" / "pico.toml"
 EARLY = ("greedy", *grid.FIRST)
+SLOW = ("sgrs", "opera")
 
 
 class OutOfTime(Exception):  # noqa: N818 - it is a wish, not a fault
@@ -52,6 +54,7 @@ def main() -> int:
     one.add_argument("--keep", type=Path, help="folder of the answers as they come; a temporary one by default")
     one.add_argument("--processes", type=int, default=1, help="processes that share the device")
     one.add_argument("--seconds", type=float, default=1e9, help="stop answering after this time")
+    one.add_argument("--have", type=Path, nargs="+", help="packed answers of an earlier run, which then goes on")
     one.add_argument("--child", type=float, help=argparse.SUPPRESS)
     two = steps.add_parser("table")
     two.add_argument("files", type=Path, nargs="+", help="packed answers")
@@ -84,9 +87,10 @@ def stages(plan: grid.Grid) -> list[tuple[str, list[Arm]]]:
     """Benchmarks with parts of their rows, what matters most first: a table cut off by the clock is still one."""
     wishes: list[Any] = [
         lambda arm: arm.name in EARLY,
-        lambda arm: arm.kind == "method" and arm.name not in EARLY,
+        lambda arm: arm.kind == "method" and arm.name not in (*EARLY, *SLOW),
         lambda arm: arm.kind in ("control", "baseline"),
         lambda arm: arm.kind == "placebo",
+        lambda arm: arm.name in SLOW,
     ]
     made = [(name, [arm for arm in arms(plan, name) if wish(arm)]) for wish in wishes for name in plan.benchmarks]
     return [(name, rows) for name, rows in made if rows]
@@ -101,6 +105,8 @@ def share(options: argparse.Namespace) -> int:
         environment = os.environ | {"VLMFIX_CACHE": os.environ.get("VLMFIX_CACHE", str(keep / "cache"))}
         os.environ["VLMFIX_CACHE"] = environment["VLMFIX_CACHE"]
         chosen(options)
+        if options.have:
+            say([f"{packed.unpack(options.have, keep / 'answers')} runs that were there before"])
         threads = str(max(1, (os.cpu_count() or 1) // options.processes))
         command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--child", str(started)]
         command += [] if options.keep else ["--keep", str(keep)]

@@ -47,6 +47,7 @@ class Pope:
         pictures: number of pictures drawn when building.
         per_picture: questions of each answer a picture when building.
         seed: of the builder.
+        max_new_tokens: token limit; the parsers need no more than the first words.
     """
 
     splits: Sequence[str] | str = SPLITS
@@ -58,8 +59,7 @@ class Pope:
     pictures: int = 500
     per_picture: int = 3
     seed: int = 0
-
-    max_new_tokens = 10
+    max_new_tokens: int = 10
 
     def __post_init__(self) -> None:
         names = self.splits.split(",") if isinstance(self.splits, str) else list(self.splits)
