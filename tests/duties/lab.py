@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmfix import registry
 from vlmfix.api import FixedVLM, wrap
 from vlmfix.hf.families import CROSSING, UNBRANCHED
-from vlmfix.method import DecodingMethod
+from vlmfix.method import AttentionMethod, DecodingMethod
 
 from ..families import FAMILIES, MAIN, TinyVLM, build
 from .table import TABLE
@@ -22,7 +22,7 @@ NEW = 4
 LOGITS, MARGIN = 2e-5, 1e-3
 """Rows of a batch equal rows alone up to LOGITS; tokens where the best logit leads by MARGIN."""
 
-EVERYWHERE = ("greedy", "var", "vcd")
+EVERYWHERE = ("greedy", "var", "vcd", "vhr")
 METHODS = tuple(row.name for row in registry.ROWS if row.name in TABLE)
 
 
@@ -57,10 +57,12 @@ def refused(family: str, method: str) -> bool:
 
 @cache
 def branched(method: str) -> bool:
-    """Whether a method adds branch rows."""
+    """Whether a method adds branch rows, or runs the prompt without its pictures beside it."""
     from vlmfix.recipe import Recipe
 
     made = Recipe.parse(TABLE[method].full).methods[0]
+    if isinstance(made, AttentionMethod):
+        return made.without_pictures() is not None
     return isinstance(made, DecodingMethod) and (bool(made.branches()) or made.late())
 
 
