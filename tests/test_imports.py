@@ -9,10 +9,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-ORDER = (
-    "errors checks layout plan view method registry presets pico pictures rows items kernels hf attention views pruning "
-    "decoders recipe engine diagnostics api answering eval commands"
-).split()
+ORDER = [
+    *(
+        "errors",
+        "checks",
+        "layout",
+        "plan",
+        "view",
+        "method",
+        "registry",
+        "presets",
+        "pico",
+        "pictures",
+        "rows",
+        "items",
+    ),
+    *("kernels", "hf", "attention", "views", "pruning", "decoders", "recipe", "engine", "diagnostics", "api"),
+    *("answering", "eval", "commands"),
+]
 """Modules and packages of vlmfix; each may import itself and earlier ones."""
 
 

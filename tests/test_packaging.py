@@ -100,7 +100,11 @@ def test_data_is_ours_or_its_licence_is_named(wheel_names, sdist_names):
     assert found
     for name in found:
         path = name.replace("vlmfix/eval/", "eval/")
-        licensed = path in notice or f"`{Path(path).name}`" in data or path.endswith(("LICENSE.txt", "LICENSES.txt", "README.md"))
+        licensed = (
+            path in notice
+            or f"`{Path(path).name}`" in data
+            or path.endswith(("LICENSE.txt", "LICENSES.txt", "README.md"))
+        )
         assert licensed or path.startswith(OURS), (
             f"say in NOTICE or eval/data/README.md where {path} comes from and under which licence"
         )

@@ -21,13 +21,19 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
-    from vlmfix.api import Answer, FixedVLM, applied, load, record, wrap
-    from vlmfix.errors import Refusal, VlmfixError
-    from vlmfix.recipe import Recipe
+    from vlmfix.api import Answer as Answer
+    from vlmfix.api import FixedVLM as FixedVLM
+    from vlmfix.api import applied as applied
+    from vlmfix.api import load as load
+    from vlmfix.api import record as record
+    from vlmfix.api import wrap as wrap
+    from vlmfix.errors import Refusal as Refusal
+    from vlmfix.errors import VlmfixError as VlmfixError
+    from vlmfix.recipe import Recipe as Recipe
 
 
 def __getattr__(name: str) -> Any:
-    """Loads public names, and methods by class name (`vlmfix.VAR`), on first use, so that importing vlmfix imports no torch."""
+    """Loads public names, and methods by class name (`vlmfix.VAR`), on first use: importing vlmfix imports no torch."""
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
     if name[:1].isupper():

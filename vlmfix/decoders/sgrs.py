@@ -16,10 +16,10 @@ from vlmfix.method import DecodingMethod, LayerSpec, Method, ModelFacts, Step, c
 class SGRS(DecodingMethod):
     """Saliency-Guided Rejection Sampling.
 
-    "Hallucination Begins Where Saliency Drops", arXiv 2601.20279: of the K likeliest tokens, up to R are drawn one after
-    the other; the first whose saliency reaches alpha times the mean of the last W committed saliencies is taken, and if
-    none does, the most salient of all K. The saliency row is the one of the query that predicts the candidate (the released
-    code reads the next one, which is zero), over generated positions.
+    "Hallucination Begins Where Saliency Drops", arXiv 2601.20279: of the K likeliest tokens, up to R are drawn one
+    after the other; the first whose saliency reaches alpha times the mean of the last W committed saliencies is taken,
+    and if none does, the most salient of all K. The saliency row is the one of the query that predicts the candidate
+    (the released code reads the next one, which is zero), over generated positions.
 
     Args:
         alpha: share of the recent mean that a candidate must reach; 0 accepts every draw.

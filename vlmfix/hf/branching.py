@@ -149,7 +149,7 @@ def positions_of(parts: Parts, entry: Tensor, inputs: dict[str, Any]) -> Tensor:
 @contextlib.contextmanager
 def rope_kept(model: Any) -> Iterator[None]:
     """Models with 3-D rotary positions note in themselves how far a prompt's pictures moved them: restores the note."""
-    owners = [m for m in (model, getattr(model, "model", None)) if hasattr(m, "rope_deltas")]
+    owners: list[Any] = [m for m in (model, getattr(model, "model", None)) if hasattr(m, "rope_deltas")]
     notes = [owner.rope_deltas for owner in owners]
     try:
         yield

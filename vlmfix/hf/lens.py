@@ -32,7 +32,8 @@ def lens(parts: Parts, hidden: Tensor, norm: bool) -> Tensor:
     if norm:
         hidden = final_norm(parts)(hidden)
     logits: Tensor = head(hidden).float()
-    factors = _factors(type(parts.top))
+    kind: type = type(parts.top)
+    factors = _factors(kind)
     config = parts.text_config
     if "logit_scale" in factors:
         logits = logits * config.logit_scale
