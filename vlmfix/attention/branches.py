@@ -10,7 +10,9 @@ from torch import Tensor
 
 from vlmfix.errors import Refusal
 from vlmfix.hf.branching import REPLACED, Joint, repeat_pictures
+from vlmfix.hf.cache import BranchRows
 from vlmfix.hf.inputs import TOKEN_KEYS
+from vlmfix.layout import MaskKind
 
 
 class BranchRun:
@@ -59,7 +61,7 @@ class BranchRun:
             if key == "position_ids":
                 continue
             if key in ("input_ids", "attention_mask", *TOKEN_KEYS):
-                more = new if key == "input_ids" else torch.full_like(new, int(key == "attention_mask"))
+                more = new if key == "input_ids" else torch.full_like(new, self._filler(key))
                 out[key] = torch.cat([value.repeat_interleave(n, 0), more.to(value.dtype)], 1)
             else:
                 pictures[key] = value
@@ -67,6 +69,11 @@ class BranchRun:
         ahead = base[..., -1:] + torch.arange(1, new.shape[1] + 1, device=ids.device)
         pictures = repeat_pictures(joint, pictures, n) if n > 1 else pictures
         return {**out, **pictures, "position_ids": torch.cat([base, ahead], -1)}
+
+    def _filler(self, key: str) -> int:
+        """What a per-token input holds for generated tokens: they are seen, and where the prompt is a prefix, behind it."""
+        behind = key == "token_type_ids" and self.joint.layout.mask == MaskKind.PREFIX
+        return int(key == "attention_mask" or behind)
 
     def following(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A step with a cache: every branch is fed the visible rows' tokens."""
@@ -85,7 +92,7 @@ class BranchRun:
         """After a prefill: logits, cache, masks and positions repeated for beams or return sequences."""
         n, logits = self.repeats, output.logits
         cache = output.get("past_key_values")
-        if n > 1 and cache is not None:
+        if n > 1 and isinstance(cache, BranchRows):
             cache.repeat(n, logits.shape[0], logits.device)
             self._mask = self._mask.repeat_interleave(n, 0)
             self._last = self._last.repeat_interleave(n, -2)

@@ -93,7 +93,7 @@ def generate(
             "what is noted of generated tokens moves with beams in a cache of ours; do not pass past_key_values"
         )
     own = request.copies > 1 or request.reader is not None or bool(room) or (follows and beams > 1)
-    if own and settings.effective("use_cache", kwargs, config) is not False:
+    if own and (parts.embeds or settings.effective("use_cache", kwargs, config) is not False):  # embeddings need it
         kwargs = _own_cache(request, prompt, kwargs, config)
     with serving(request), rope_kept(parts.model):
         return call(**kwargs), request

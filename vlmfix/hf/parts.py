@@ -140,7 +140,7 @@ def _structure_ids(config: Any) -> tuple[int, ...]:
 
 def _language_model(model: Any) -> Any:
     """The inner language model where `generate` is overridden to feed it embeddings, else the model itself."""
-    inner = getattr(model, "language_model", None)
+    inner = getattr(model, "language_model", None) or getattr(model, "text_model", None)
     own = "generate" in type(model).__dict__
     return inner if own and inner is not None and hasattr(inner, "generate") else model
 
