@@ -74,7 +74,7 @@ TABLE = {
         "iava(alpha=0,beta=0)",
         EMBEDDING,
     ),
-    "avisc": Strength("avisc(alpha=0.5,beta=0)", "avisc(alpha=1e-12,beta=0)", "avisc(alpha=0,beta=0)", EMBEDDING),
+    "avisc": Strength("avisc(alpha=0.3,beta=0)", "avisc(alpha=1e-12,beta=0)", "avisc(alpha=0,beta=0)", EMBEDDING),
     "agla": Strength(
         f"agla(alpha=0.5,beta=0,share=0.5,{COLOURS})",
         f"agla(alpha=1e-12,beta=0,{COLOURS})",
