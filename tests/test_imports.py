@@ -24,7 +24,8 @@ ORDER = [
         "rows",
         "items",
     ),
-    *("kernels", "hf", "attention", "views", "pruning", "decoders", "recipe", "engine", "diagnostics", "api"),
+    *("kernels", "hf", "attention", "views", "pruning", "decoders", "recipe", "engine", "diagnostics"),
+    *("preparing", "applying", "fixed", "api"),
     *("answering", "eval", "commands"),
 ]
 """Modules and packages of vlmfix; each may import itself and earlier ones."""

@@ -30,7 +30,7 @@ def ask(vlm, questions, **options):
 def test_answers_are_those_of_rows_on_their_own(checkpoint, questions, recipe, monkeypatch):
     with vlmfix.load(checkpoint, recipe, device="cpu") as vlm:
         read = []
-        monkeypatch.setattr("vlmfix.api.share", lambda *args: read.append(shared(*args)) or read[-1])
+        monkeypatch.setattr("vlmfix.fixed.share", lambda *args: read.append(shared(*args)) or read[-1])
         together = ask(vlm, questions)
         apart = [ask(vlm, ([picture], [prompt]))[0] for picture, prompt in zip(*questions, strict=True)]
     assert len(read) == 1
@@ -42,7 +42,7 @@ def test_answers_are_those_of_rows_on_their_own(checkpoint, questions, recipe, m
 
 @pytest.mark.parametrize("recipe", ["var(sink_dims=(1,2),tau=1.0)", "vcd", "vhr"])
 def test_methods_that_touch_the_prefix_do_not_share(checkpoint, questions, recipe, monkeypatch):
-    monkeypatch.setattr("vlmfix.api.share", lambda *args: pytest.fail("the prefix was shared"))
+    monkeypatch.setattr("vlmfix.fixed.share", lambda *args: pytest.fail("the prefix was shared"))
     with vlmfix.load(checkpoint, recipe, device="cpu") as vlm:
         ask(vlm, questions)
 
