@@ -67,10 +67,7 @@ def plain():
     return found
 
 
-QUESTION = pytest.mark.xfail(reason="it keeps the rows of the question, here the whole prompt", strict=True)
-
-
-@pytest.mark.parametrize("method", [pytest.param(name, marks=QUESTION) if name == "gift" else name for name in METHODS])
+@pytest.mark.parametrize("method", METHODS)
 def test_no_attention_matrix_is_built(method, plain):
     """No float tensor of Q * K elements per row, not even for all heads together, beyond those of the plain model."""
     tiny, fixed = lab.under("llava"), lab.vlm("llava", TABLE[method].full)
@@ -110,13 +107,8 @@ def steps(model, run):
     return counts[-3:]
 
 
-COUNTING = pytest.mark.xfail(reason="its running sums are indexed by counts that it keeps as tensors", strict=True)
-
-
 @pytest.mark.parametrize("rows", [(1,), (2, 1, 0)], ids=["one row", "padded"])
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=COUNTING) if name == "vasparse_attention" else name for name in METHODS]
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_no_step_waits_for_the_device(method, rows):
     """Beyond what transformers' own forward does; the hooks of the recipe run inside the watch."""
     tiny, fixed = build("llava"), lab.vlm("llava", TABLE[method].full)

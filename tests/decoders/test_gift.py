@@ -8,7 +8,8 @@ import vlmfix
 from tests import families
 from tests.families.checkpoints import make_checkpoint
 from vlmfix.api import wrap
-from vlmfix.decoders.gift import GIFT, gaze_shift, normalised
+from vlmfix.decoders import gift
+from vlmfix.decoders.gift import GIFT, gaze_shift, normalised, rise
 from vlmfix.decoders.words import FILTERS, tokens_in
 from vlmfix.errors import Refusal, UsageError
 
@@ -61,7 +62,8 @@ def test_every_piece_of_a_word_counts():
 def test_maps_are_defined_where_the_published_code_divides_by_zero():
     assert torch.equal(normalised(torch.full((5,), 0.3)), torch.zeros(5))
     assert torch.equal(normalised(torch.tensor([0.3])), torch.zeros(1))
-    assert torch.equal(gaze_shift(torch.rand(4, 3, 5), torch.zeros(2)), torch.zeros(5))
+    nothing = rise(torch.rand(4, 3, 5), torch.zeros(2))
+    assert torch.equal(gaze_shift(nothing, torch.tensor(0)), torch.zeros(5))
     shift = normalised(torch.tensor([0.0, 1.0, 0.5]))
     assert shift.tolist() == [0.0, 1.0, 0.5]
 
@@ -94,6 +96,16 @@ def test_a_split_prefill_in_other_modes(mode):
     tiny = families.build("llava")
     inputs = tiny.inputs([2, 1, 0])
     assert gap(generate(tiny, SPLIT, inputs), generate(tiny, SPLIT, inputs, **mode)) < 2e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", [{}, {"prefill_chunk_size": 7}])
+def test_long_questions_are_read_piece_by_piece(mode, monkeypatch):
+    tiny = families.build("llava")
+    inputs = tiny.inputs([1, 2], text_length=[90, 40])
+    whole = generate(tiny, SPLIT, inputs)
+    monkeypatch.setattr(gift, "CHUNK", 8)
+    assert gap(whole, generate(tiny, SPLIT, inputs, **mode)) < 2e-5
 
 
 def test_the_map_is_read_once(monkeypatch):

@@ -26,6 +26,7 @@ from vlmfix.method import (
 from vlmfix.plan import Plan
 
 REST, VISUAL, QUESTION = range(3)
+CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -115,34 +116,44 @@ class GIFT(AttentionMethod):
         context, layers = glance.context, self._layers(glance.context.facts)
         if "counts" not in notes:
             notes |= self._question(context)
-        end = context.past + glance.query.shape[2]
         self._collect(glance, notes, f"layer {context.layer} ")
+        end = context.past + glance.query.shape[2]
         if context.layer != layers[-1] or end <= int((notes["before"] + notes["lengths"]).max()):
             return False
-        asked = torch.arange(notes["counts"].shape[1] + 1, device=notes["lengths"].device) <= notes["lengths"][:, None]
         for layer in layers:
-            if bool((asked & (notes["lengths"] > 0)[:, None] & ~notes.pop(f"layer {layer} read")).any()):
+            if bool((notes.pop(f"layer {layer} read") < notes["lengths"]).any()):
                 raise Refusal(
                     f"gift reads its map in layer {layer}, where this model runs only the last token of the prompt; "
                     "choose lower saliency_layers"
                 )
-        notes["weight"] = self._weights(
-            context, [notes.pop(f"layer {layer} rows") for layer in layers], notes["counts"]
-        )
+            del notes[f"layer {layer} edge"]
+        rises = [notes.pop(f"layer {layer} rise") for layer in layers]
+        notes["weight"] = self._weights(context, rises, notes["counts"].sum(1))
         return True
 
     def _collect(self, glance: Glance, notes: dict[str, Tensor], name: str) -> None:
-        """Keeps the attention of those of the question's rows that are among this forward's queries."""
-        context, before = glance.context, notes["before"]
-        at = before[:, None] + torch.arange(notes["counts"].shape[1] + 1, device=before.device) - context.past
-        here = (at >= 0) & (at < glance.query.shape[2])
-        rows = glance.rows(at.clamp(0, glance.query.shape[2] - 1))
-        known = glance.k_pos < context.layout.length
-        block = rows.new_zeros(*rows.shape[:3], context.layout.length)
-        block[..., glance.k_pos[known]] = rows[..., known]
-        old = notes.get(name + "rows", torch.zeros_like(block))
-        notes[name + "rows"] = torch.where(here[:, None, :, None], block, old)
-        notes[name + "read"] = here | notes.get(name + "read", torch.zeros_like(here))
+        """Adds up how attention rises over those of the question's rows that are among this forward's queries."""
+        context, before, counts = glance.context, notes["before"], notes["counts"]
+        queries, length = glance.query.shape[2], context.layout.length
+        edge = notes.get(name + "edge")  # the last row of the forward before
+        total = notes.get(name + "rise", before.new_zeros(len(before), context.heads, length, dtype=torch.float32))
+        read = notes.get(name + "read", torch.zeros_like(before))
+        for start in range(0, counts.shape[1], CHUNK):
+            count = counts[:, start : start + CHUNK]
+            at = before[:, None] + start + torch.arange(count.shape[1] + 1, device=before.device) - context.past
+            here = (at >= 0) & (at < queries)
+            if not bool(here.any()):
+                continue
+            rows = on_prompt(glance, glance.rows(at.clamp(0, queries - 1)))
+            if edge is not None:
+                rows = torch.where((at == -1)[:, None, :, None], edge, rows)
+            both = here[:, 1:] & (here[:, :-1] | (at[:, :-1] == -1 if edge is not None else False))
+            total = total + rise(rows, count * both)
+            read = read + (
+                both & (torch.arange(start, start + both.shape[1], device=at.device) < notes["lengths"][:, None])
+            ).sum(1)
+        notes[name + "rise"], notes[name + "read"] = total, read
+        notes[name + "edge"] = on_prompt(glance, glance.rows(torch.tensor([queries - 1], device=before.device)))
 
     def _layers(self, facts: ModelFacts) -> tuple[int, ...]:
         """The layers where the map is read, as far as they have attention."""
@@ -194,30 +205,52 @@ class GIFT(AttentionMethod):
         chosen = FILTERS["stop-words" if self.words == "auto" else self.words]
         return tokens_in(pieces, chosen("".join(pieces)))
 
-    def _weights(self, context: LayerContext, blocks: list[Tensor], counts: Tensor) -> Tensor:
+    def _weights(self, context: LayerContext, rises: list[Tensor], counts: Tensor) -> Tensor:
         """[B, K] exp(alpha s) at visual tokens, 0 elsewhere."""
         layout = context.layout
-        out = torch.zeros(layout.kinds.shape, device=blocks[0].device)
+        out = torch.zeros(layout.kinds.shape, device=counts.device)
         for row, visual in enumerate(layout.visual):
             if bool(visual.any()):
-                shifts = torch.stack([gaze_shift(block[row][..., visual], counts[row]) for block in blocks])
+                shifts = torch.stack([gaze_shift(total[row][:, visual], counts[row]) for total in rises])
                 out[row, visual] = (self.alpha * normalised(shifts.mean(0))).exp()
         return out if self.max_weight is None else out.clamp(max=self.max_weight)
 
 
-def gaze_shift(rows: Tensor, counts: Tensor) -> Tensor:
-    """By how much attention rose, mean over content tokens and the half of the heads in which it rose most.
+def on_prompt(glance: Glance, rows: Tensor) -> Tensor:
+    """Attention rows [B, H, n, K] on the slots of the prompt."""
+    known = glance.k_pos < glance.context.layout.length
+    out = rows.new_zeros(*rows.shape[:3], glance.context.layout.length)
+    out[..., glance.k_pos[known]] = rows[..., known]
+    return out
+
+
+def rise(rows: Tensor, counts: Tensor) -> Tensor:
+    """By how much attention rose from each token to the next, added up.
 
     Args:
-        rows: [H, n + 1, N] attention to the visual tokens of the token before the question and of its n tokens.
-        counts: [n] how often each token counts.
+        rows: [..., H, n + 1, K] attention of a token and of the n after it.
+        counts: [..., n] how often each of the n counts.
 
     Returns:
-        [N] float32; zeros if nothing counts.
+        [..., H, K] float32.
     """
-    rise = (rows[:, 1:] - rows[:, :-1]).clamp(min=0) * counts[:, None]
-    heads = rise.sum((1, 2)).topk(max(rows.shape[0] // 2, 1)).indices
-    mean: Tensor = rise[heads].sum(1).mean(0) / counts.sum().clamp(min=1)
+    return torch.einsum(
+        "...hnk,...n->...hk", (rows[..., 1:, :] - rows[..., :-1, :]).clamp(min=0), counts.to(rows.dtype)
+    )
+
+
+def gaze_shift(total: Tensor, count: Tensor) -> Tensor:
+    """Mean rise over content tokens and the half of the heads in which attention rose most.
+
+    Args:
+        total: [H, N] of `rise`, on visual tokens.
+        count: how many tokens count.
+
+    Returns:
+        [N] float32; zeros if none counts.
+    """
+    heads = total.sum(1).topk(max(total.shape[0] // 2, 1)).indices
+    mean: Tensor = total[heads].mean(0) / count.clamp(min=1)
     return mean
 
 

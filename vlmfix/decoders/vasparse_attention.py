@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlmfix.errors import Refusal
 from vlmfix.method import (
@@ -70,32 +71,30 @@ class VASparseAttention(AttentionMethod):
         context = glance.context
         layout, memory, slots = context.layout, context.memory, glance.k_pos
         first, queries = context.past, glance.query.shape[2]
+        length = max(first + queries, glance.key.shape[2])
         if first < layout.length:  # in the prompt, where rows may be padding or no rows of the caller's
             queries = min(queries, layout.length - first)
         seen = memory.get("received")
-        if seen is not None and first < int(memory["count"]):
+        if seen is not None and first == 0:
             raise Refusal("vasparse_attention adds up what keys received and needs the cache; set use_cache=True")
-        received = glance.query.new_zeros(*glance.query.shape[:2], int(slots[-1]) + 1, dtype=torch.float32)
+        received = glance.query.new_zeros(*glance.query.shape[:2], length, dtype=torch.float32)
         if seen is not None:
             received[..., : seen.shape[-1]] = seen
-        counts = torch.nn.functional.pad(layout.valid, (0, max(first + queries - layout.length, 0)), value=True)
+        there = pad(layout.valid, (0, max(length - layout.length, 0)), value=True)[:, :length]
         for start in range(0, queries, CHUNK):
             rows = torch.arange(start, min(start + CHUNK, queries), device=slots.device)
-            weight = counts[:, first + start : first + start + len(rows)].float()
+            weight = there[:, first + start : first + start + len(rows)].float()
             received[..., slots] += torch.einsum("bhqk,bq->bhk", glance.rows(rows), weight)
-        memory["received"], memory["count"] = received, torch.tensor(first + queries)
+        memory["received"] = received
+        memory["there"] = there & (torch.arange(length, device=there.device) < first + queries)
         return True
 
     def plan(self, context: LayerContext) -> Plan | None:
         """A slope per key and head, for the query at hand."""
-        layout, received = context.layout, context.memory["received"]
-        slots = torch.arange(received.shape[-1], device=received.device)
-        extra = received.shape[-1] - layout.length
-        there = torch.nn.functional.pad(layout.valid, (0, max(extra, 0)), value=True)[:, : received.shape[-1]]
-        there = there & (slots < int(context.memory["count"]))
-        slope = 1 + self.beta * (1 - share(received, there))
-        none = torch.zeros(layout.rows, received.shape[-1], dtype=torch.uint8, device=received.device)
-        return Plan(none, 1, active_from=layout.last, key_slope=slope)
+        received = context.memory["received"]
+        slope = 1 + self.beta * (1 - share(received, context.memory["there"]))
+        none = torch.zeros(len(received), received.shape[-1], dtype=torch.uint8, device=received.device)
+        return Plan(none, 1, active_from=context.layout.last, key_slope=slope)
 
 
 def share(received: Tensor, there: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.decoders import gift
-from vlmfix.decoders.gift import GIFT, gaze_shift, normalised
+from vlmfix.decoders.gift import GIFT, normalised, rise
 from vlmfix.kernels.grouped_attention import grouped_attention
 from vlmfix.method import LayerContext
 
@@ -21,8 +21,8 @@ from ..machine import llama, with_attention_method
 
 MUTANTS = {
     **mutants.of_attention(GIFT),
-    "falls counted": lambda patch: patch.setattr(gift, "gaze_shift", lambda rows, n: gaze_shift(-rows, n)),
-    "words shifted": lambda patch: patch.setattr(gift, "gaze_shift", lambda rows, n: gaze_shift(rows, n.roll(1))),
+    "falls counted": lambda patch: patch.setattr(gift, "rise", lambda rows, n: rise(-rows, n)),
+    "words shifted": lambda patch: patch.setattr(gift, "rise", lambda rows, n: rise(rows, n.roll(1, -1))),
 }
 LOGITS = 1e-4
 
@@ -74,7 +74,7 @@ def _map(case: dict[str, Any], arrays: dict[str, Tensor]) -> None:
     for offset in case["content_token_offsets"]:
         counts[offset] += 1
     layers = arrays["attentions"][:, :, start - 1 : end, visual]
-    shift = torch.stack([gift.gaze_shift(rows, counts) for rows in layers]).mean(0)
+    shift = torch.stack([gift.gaze_shift(gift.rise(rows, counts), counts.sum()) for rows in layers]).mean(0)
     close(shift, arrays["selected_shifts"].mean((0, 1, 2)), ATTENTION, "mean shift")
     close((case["alpha"] * normalised(shift)).exp(), arrays["expected_saliency"], ATTENTION, "map", rtol=1e-5)
 

@@ -33,7 +33,7 @@ def check(case: dict[str, Any], arrays: dict[str, Tensor], folder: Path) -> None
     heads, keys = received.shape[1:]
     layout = Layout.of(torch.zeros(1, keys, dtype=torch.bool))
     close(share(received, layout.valid)[0], arrays["W"], ATTENTION, "shares")
-    memory = {"received": received, "count": torch.tensor(keys)}
+    memory = {"received": received, "there": layout.valid}
     context = LayerContext(0, layout, heads, None, keys - 1, memory, {}, facts(heads))
     plan = VASparseAttention(beta=hyper["beta"]).plan(context)
     assert plan is not None
