@@ -92,7 +92,11 @@ def _remembering(original: Any, owner: Any) -> Any:
 def _own(value: Any) -> Any:
     """A copy that generate may change: it replaces fields in place when it repeats rows."""
     if isinstance(value, ModelOutput):
-        return type(value)(**{k: list(v) if isinstance(v, list) else v for k, v in value.items()})
+        mine = type(value)(**{k: list(v) if isinstance(v, list) else v for k, v in value.items()})
+        for name, extra in vars(value).items():  # some families of older releases set what is no field
+            if name not in mine:
+                object.__setattr__(mine, name, list(extra) if isinstance(extra, list) else extra)
+        return mine
     return list(value) if isinstance(value, list) else value
 
 
