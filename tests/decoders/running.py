@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from tests.families import TinyVLM
+from tests.families.core import released
 from vlmfix.api import wrap
+
+RECENT = pytest.mark.skipif(not released("5.23"), reason="older releases cannot do this without any recipe either")
+"""Prompts in chunks, beams over rows with different numbers of pictures, processors of some families."""
+
+CHUNKS = pytest.param({"prefill_chunk_size": 5}, marks=RECENT, id="chunks")
 
 OPTIONS = {"pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
 

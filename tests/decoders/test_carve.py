@@ -13,6 +13,8 @@ from vlmfix.decoders.carve import CARVE, components, crop, fuse, strongest, with
 from vlmfix.diagnostics.looking import Gaze
 from vlmfix.errors import Refusal, UsageError
 
+from .running import RECENT
+
 
 def flooded(mask):
     """Connected regions by flood fill, as frozen sets of pixels."""
@@ -119,6 +121,7 @@ def test_pictures_stay_where_the_instructions_look_alike(checkpoints):
     assert CARVE(instruction="Describe.").redraw([[own]], ["What is red?"], gaze, 4)[0][0].size != (0, 0)
 
 
+@RECENT
 def test_what_it_cannot_do_is_said(checkpoints):
     tiny = families.build("llava")
     with wrap(tiny.model, None, "carve") as vlm, pytest.raises(Refusal, match="answer"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests import families
+from tests.families.core import released
 from vlmfix.api import wrap
 from vlmfix.decoders.fia import FIA, select
 from vlmfix.errors import Refusal
@@ -11,7 +12,7 @@ from vlmfix.hf.hooks import installed
 from vlmfix.hf.inputs import read
 from vlmfix.hf.vision import class_row, class_tower, on_tokens
 
-from .running import gap, generate
+from .running import RECENT, gap, generate
 
 
 @torch.no_grad()
@@ -58,7 +59,8 @@ def test_values_of_patches_land_on_their_tokens(family):
     try:
         kwargs = {"image_sizes": inputs["image_sizes"]} if "image_sizes" in inputs else {}
         layers = [-1] if family == "vipllava" else -1
-        features = model.get_image_features(inputs["pixel_values"], vision_feature_layer=layers, **kwargs).pooler_output
+        name = "vision_feature_layers" if family == "vipllava" and not released("5.23") else "vision_feature_layer"
+        features = model.get_image_features(inputs["pixel_values"], **{name: layers}, **kwargs).pooler_output
     finally:
         model.multi_modal_projector.forward = original
     expected = torch.cat([part.reshape(-1, width) for part in features])[:, 0]
@@ -110,6 +112,7 @@ def test_towers_without_a_class_token_are_refused(family):
         generate(families.build(family), FIA(), families.build(family).inputs([1]))
 
 
+@RECENT
 def test_a_prompt_in_chunks_is_refused_where_heads_are_measured():
     tiny = families.build("llava")
     with pytest.raises(Refusal, match="prefill_chunk_size"):
@@ -119,6 +122,7 @@ def test_a_prompt_in_chunks_is_refused_where_heads_are_measured():
     assert gap(plain, chunked) < 2e-5
 
 
+@RECENT
 @torch.no_grad()
 def test_pictures_encoded_elsewhere_are_refused():
     tiny = families.build("llava")

@@ -13,12 +13,12 @@ from vlmfix.decoders.gift import GIFT, gaze_shift, normalised, rise
 from vlmfix.decoders.words import FILTERS, tokens_in
 from vlmfix.errors import Refusal, UsageError
 
-from .running import OPTIONS, gap, generate
+from .running import CHUNKS, OPTIONS, RECENT, gap, generate
 
 SPLIT = "gift(saliency_layers=(2,),layers=(1,2,3))"
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", pytest.param("idefics3", marks=RECENT)])
 def test_the_question_is_what_the_user_asked(family, tmp_path, monkeypatch):
     """Template tokens are no part of it, and stop words do not count."""
     asked = []
@@ -91,7 +91,7 @@ def test_a_split_prefill_by_itself_changes_nothing(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}])
+@pytest.mark.parametrize("mode", [{"use_cache": False}, {"cache_implementation": "static"}, CHUNKS])
 def test_a_split_prefill_in_other_modes(mode):
     tiny = families.build("llava")
     inputs = tiny.inputs([2, 1, 0])
@@ -99,7 +99,7 @@ def test_a_split_prefill_in_other_modes(mode):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", [{}, {"prefill_chunk_size": 7}])
+@pytest.mark.parametrize("mode", [{}, CHUNKS])
 def test_long_questions_are_read_piece_by_piece(mode, monkeypatch):
     tiny = families.build("llava")
     inputs = tiny.inputs([1, 2], text_length=[90, 40])

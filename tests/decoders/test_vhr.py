@@ -53,7 +53,7 @@ def _head_outputs(model, blocks, **inputs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl", "internvl", "ovis2", "fuyu", "instructblip"])
+@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl", "internvl", "ovis2", "deepseek_vl", "instructblip"])
 def test_packed_equals_rows(family, monkeypatch):
     tiny = families.build(family, fresh=True)
     inputs = tiny.inputs(list(tiny.rows))

@@ -5,7 +5,7 @@ import torch
 
 import vlmfix
 from tests import families
-from tests.decoders.running import OPTIONS, gap
+from tests.decoders.running import CHUNKS, OPTIONS, RECENT, gap
 from vlmfix.api import wrap
 from vlmfix.decoders.var import sink_score
 from vlmfix.diagnostics.measures import image_centric
@@ -106,7 +106,7 @@ def test_under_a_recipe_its_results_stay_and_slopes_show(recipe):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}])
+@pytest.mark.parametrize("mode", [{"use_cache": False}, {"cache_implementation": "static"}, CHUNKS])
 def test_modes_record_the_same(mode):
     tiny = families.build("llava")
     inputs = tiny.inputs([2, 1, 0])
@@ -118,6 +118,7 @@ def test_modes_record_the_same(mode):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4, equal_nan=True)
 
 
+@RECENT
 @torch.no_grad()
 @pytest.mark.parametrize("recipe", ["greedy", "pai+vcd(beta=0)", "vasparse_attention(beta=3)"])
 def test_statistics_of_the_sequences_that_a_beam_search_returns(recipe):

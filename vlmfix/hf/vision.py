@@ -88,7 +88,9 @@ def _packed(model: Any, rows: Tensor, sizes: Tensor) -> Tensor:
     tiles = [
         image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in sizes
     ]
-    pictures = torch.split(rows[..., None], tiles)
+    repeats = len(rows) // sum(tiles) if sum(tiles) else 1  # older releases repeat pictures for beams before the tower
+    sizes = sizes.repeat_interleave(repeats, 0)
+    pictures = torch.split(rows[..., None], [count for count in tiles for _ in range(repeats)])
     newline = torch.full((1,), float("nan"), device=rows.device)
     packed, _ = model.pack_image_features(pictures, sizes, config.vision_feature_select_strategy, newline)
     return torch.cat([part.flatten() for part in packed])
