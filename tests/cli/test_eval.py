@@ -8,6 +8,7 @@ import pytest
 from vlmfix.eval import packed
 
 SCENES = "scenes:test:4"
+pytestmark = pytest.mark.xdist_group("eval")  # later tests read what earlier ones answered
 
 
 @pytest.fixture(scope="module")

@@ -170,7 +170,11 @@ def test_pictures_are_silently_misread_without_the_types_the_table_demands(famil
         for given in (inputs, {k: v for k, v in inputs.items() if k != dropped})
     )
     assert TABLE[family].types in ("", dropped)
-    assert ((seeing - blind).abs().max() > 1e-3) == bool(TABLE[family].types)
+    misread = (seeing - blind).abs().max() > 1e-3
+    if family == "paligemma":  # its default configuration looks both ways anyway; a checkpoint's need not
+        assert not misread
+    else:
+        assert misread == bool(TABLE[family].types)
 
 
 def test_reading_the_table_imports_no_framework():

@@ -13,10 +13,6 @@ from tests.kernels.tools import Place
 from vlmfix.kernels import dispatch
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "interpreted: runs a Triton kernel in the interpreter")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     elsewhere = [i for i in items if i.get_closest_marker("interpreted") is not None and not dispatch.INTERPRETED]
     if elsewhere:
