@@ -8,7 +8,6 @@ import pytest
 from vlmfix.eval import packed
 
 SCENES = "scenes:test:4"
-pytestmark = pytest.mark.xdist_group("eval")  # later tests read what earlier ones answered
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +20,16 @@ def cache(place, monkeypatch):
     monkeypatch.setenv("VLMFIX_CACHE", str(place / "cache"))
 
 
-def test_a_table_from_answers_to_bundle(vlmfix_says, place):
+def answered(vlmfix_says, place):
+    """A small table; asked for again, its answers are read back."""
     out, zipped = place / "run", place / "all.zip"
-    said = vlmfix_says(
+    return out, vlmfix_says(
         "eval", SCENES, "--methods", "vcd", "--limit", 3, "--batch-size", 4, "-o", out, "--bundle", zipped, "--json"
     )
+
+
+def test_a_table_from_answers_to_bundle(vlmfix_says, place):
+    out, said = answered(vlmfix_says, place)
     assert said.exit_code == 0, said.stderr
     tables = json.loads(said.stdout)
     assert set(tables) == {"chair", "pope"}
@@ -43,7 +47,8 @@ def test_a_table_from_answers_to_bundle(vlmfix_says, place):
 
 
 def test_stored_and_packed_answers_give_the_same_table_without_a_model(vlmfix_says, place):
-    out, other = place / "run", place / "other"
+    other = place / "other"
+    out, _ = answered(vlmfix_says, place)
     first = json.loads((out / "chair" / "table.json").read_text())
     files = packed.pack(out / "answers", place / "packed")
     assert packed.unpack(files, other / "answers") == 8

@@ -71,7 +71,7 @@ class BranchRun:
         return {**out, **pictures, "position_ids": torch.cat([base, ahead], -1)}
 
     def _filler(self, key: str) -> int:
-        """What a per-token input holds for generated tokens: they are seen, and stand behind a prompt that is a prefix."""
+        """What a per-token input holds for generated tokens: seen, and behind a prompt that is a prefix."""
         behind = key == "token_type_ids" and self.joint.layout.mask == MaskKind.PREFIX
         return int(key == "attention_mask" or behind)
 
