@@ -16,12 +16,14 @@ class Strength:
         whisper: acts through all the machinery, but moves nothing beyond rounding; absent where no setting does so.
         neutral: dropped when compiled; absent where no setting does so.
         families: the only families it can act on; all by default.
+        faint: families whose tiny model shows no effect, because its text sees no picture where the method acts.
     """
 
     full: str
     whisper: str | None
     neutral: str | None
     families: tuple[str, ...] = ()
+    faint: tuple[str, ...] = ()
 
 
 CLASS_TOKENS = ("llava", "vipllava", "llava_next", "llava_next_video")
@@ -44,6 +46,9 @@ GROWING = (
 )
 """Families whose caches only grow: no running states, no chunks."""
 
+UNIFORM = tuple(name for name in FAMILIES if name not in ("lfm2_vl", "minicpmv4_6", "qwen3_5", "mllama"))
+"""Families all of whose layers attend."""
+
 COLOURS = "colours=((0.5,0.5,0.5),(0.5,0.5,0.5))"
 
 TABLE = {
@@ -55,7 +60,7 @@ TABLE = {
     "fia": Strength("fia(alpha=1.5,beta=1.5)", "fia(alpha=1e-12,beta=1e-12)", "fia(alpha=0,beta=0)", CLASS_TOKENS),
     "vhr": Strength("vhr", "vhr(alpha=1.0000001)", "vhr(alpha=1)"),
     "vhr_local": Strength("vhr_local", "vhr_local(alpha=1.0000001)", "vhr_local(alpha=1)"),
-    "gift": Strength("gift", "gift(alpha=1e-12)", "gift(alpha=0)"),
+    "gift": Strength("gift", "gift(alpha=1e-12)", "gift(alpha=0)", UNIFORM, faint=("llama4", "gemma4")),
     "vasparse_attention": Strength(
         "vasparse_attention(beta=1)", "vasparse_attention(beta=1e-12)", "vasparse_attention(beta=0)"
     ),
@@ -63,7 +68,7 @@ TABLE = {
     "vcd": Strength("vcd(alpha=0.5,beta=0)", "vcd(alpha=1e-12,beta=0)", "vcd(alpha=0,beta=0)"),
     "m3id": Strength("m3id(beta=0,forget_rate=0.05)", "m3id(beta=0,forget_rate=1e-12)", "m3id(forget_rate=0,beta=0)"),
     "icd": Strength(f"icd(alpha=0.5,beta=0,{WORDS})", f"icd(alpha=1e-12,beta=0,{WORDS})", "icd(alpha=0,beta=0)"),
-    "lcd": Strength("lcd(alpha=0.3,beta=0)", "lcd(alpha=1e-12,beta=0)", "lcd(alpha=0,beta=0)"),
+    "lcd": Strength("lcd(alpha=0.3,beta=0,entropy=False)", "lcd(alpha=1e-12,beta=0)", "lcd(alpha=0,beta=0)"),
     "pai_guidance": Strength(
         "pai_guidance(gamma=1.5,beta=0)", "pai_guidance(gamma=1.0000001,beta=0)", "pai_guidance(gamma=1,beta=0)"
     ),
@@ -89,6 +94,6 @@ TABLE = {
     "ritual": Strength("ritual(alpha=0.5,beta=0)", "ritual(alpha=1e-12,beta=0)", "ritual(alpha=0,beta=0)", WHOLE),
     "dola": Strength("dola(beta=0)", None, None),
     "deco": Strength("deco(top_p=1)", None, "deco(alpha=0)"),
-    "sgrs": Strength("sgrs(alpha=2)", None, None),
+    "sgrs": Strength("sgrs(alpha=2,top_k=3)", None, None, UNIFORM),
     "opera": Strength("opera(alpha=5,candidates=4,num_beams=3)", None, None, GROWING),
 }

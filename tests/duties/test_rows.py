@@ -43,7 +43,8 @@ def test_a_row_without_a_picture_is_left_alone(family, method):
     rows = (max(build(family).spec.images), 0)
     got, want = lab.fixed(family, TABLE[method].full, rows), lab.plain(family, rows)
     lab.assert_same(got.row(1), want.row(1))
-    assert lab.difference(lab.normalised(got).logits[0, 0], lab.normalised(want).logits[0, 0]) > 1e-3
+    if family not in TABLE[method].faint:
+        assert lab.difference(lab.normalised(got).logits[:, 0], lab.normalised(want).logits[:, 0]) > 1e-3
 
 
 @pytest.mark.parametrize(("family", "method"), lab.pairs("full", capability="images"))

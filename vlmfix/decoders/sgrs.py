@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmfix.errors import UsageError
+from vlmfix.errors import Refusal, UsageError
 from vlmfix.method import DecodingMethod, LayerSpec, Method, ModelFacts, Step, check_range, resolve_layers
 
 
@@ -52,7 +52,12 @@ class SGRS(DecodingMethod):
             raise UsageError(f"sgrs(draw={self.draw!r}): give 'order' or 'sample'")
         bad = [x for x in self.saliency_layers(facts.depth) if x not in facts.heads]
         if bad:
-            raise UsageError(f"sgrs(layers={self.layers}): layers {bad} of this {facts.family} model have no attention")
+            raise Refusal(f"sgrs(layers={self.layers}): layers {bad} of this {facts.family} model have no attention")
+        if any(x not in facts.heads for x in range(self.saliency_layers(facts.depth)[0], facts.depth)):
+            raise Refusal(
+                f"sgrs takes gradients from the logits to its layers; in {facts.family} layers between keep a running "
+                "state that each step overwrites"
+            )
         return self
 
     def saliency_layers(self, depth: int) -> tuple[int, ...]:
