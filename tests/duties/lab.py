@@ -29,13 +29,14 @@ EVERYWHERE = ("greedy", "var", "vcd", "vhr")
 METHODS = tuple(row.name for row in registry.ROWS if row.name in TABLE)
 
 
-def pairs(strength: str, everywhere: bool = False, capability: str = "") -> list[Any]:
+def pairs(strength: str, everywhere: bool = False, capability: str = "", main: tuple[str, ...] = MAIN) -> list[Any]:
     """(family, method) parameters: every method on the main families, the rest of the matrix marked wide.
 
     Args:
         strength: full, whisper or neutral; the first two without plain decoding.
         everywhere: the methods of `EVERYWHERE` on all families belong to the default run.
         capability: only methods that claim these words; "greedy" where a test counts on one row a sample.
+        main: the main families; fewer for what happens in transformers' own loops.
     """
     out = []
     for row in registry.ROWS:
@@ -44,7 +45,7 @@ def pairs(strength: str, everywhere: bool = False, capability: str = "") -> list
                 continue
             if not set(capability.split()) <= set(row.capabilities) or refused(family, row.name):
                 continue
-            default = family in MAIN or (everywhere and row.name in EVERYWHERE)
+            default = family in main or (everywhere and row.name in EVERYWHERE)
             marks = () if default else (pytest.mark.wide,)
             out.append(pytest.param(family, row.name, marks=marks, id=f"{family}-{row.name}"))
     return out

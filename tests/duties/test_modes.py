@@ -66,7 +66,7 @@ def test_beams_equal_beams_without_a_cache(family, method):
     assert not torch.equal(cached.beams, lab.plain(family, rows, num_beams=3).beams)
 
 
-@pytest.mark.parametrize(("family", "method"), lab.pairs("full", capability="beams"))
+@pytest.mark.parametrize(("family", "method"), lab.pairs("full", capability="beams", main=("llava",)))
 def test_return_sequences_are_the_best_beams(family, method):
     needs(family, (1, 1), num_beams=3)
     best = lab.fixed(family, TABLE[method].full, (1, 1), num_beams=3)
@@ -136,7 +136,7 @@ def test_stopping_criteria_see_visible_rows(family, method):
     assert torch.equal(tokens[:, -2:], lab.fixed(family, TABLE[method].full, rows).tokens[:, :2])
 
 
-@pytest.mark.parametrize(("family", "method"), lab.pairs("full", capability="greedy"))
+@pytest.mark.parametrize(("family", "method"), lab.pairs("full", capability="greedy", main=("llava",)))
 def test_stop_strings(family, method):
     tokenizer = make_tokenizer([])
     whole, at = marked(family, method, tokenizer)
