@@ -236,7 +236,7 @@ def _without(inputs, *names):
 
 
 REFUSED = {
-    "assistant_model": (build("llava").model, "assisted decoding"),
+    "assistant_model": (object(), "assisted decoding"),
     "prompt_lookup_num_tokens": (3, "prompt-lookup decoding"),
     "custom_generate": (lambda *a, **k: None, "custom decoding loop"),
     "guidance_scale": (1.5, "classifier-free guidance"),
