@@ -16,6 +16,7 @@ ORDER = [
         "layout",
         "plan",
         "view",
+        "shown",
         "method",
         "registry",
         "presets",
