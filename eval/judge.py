@@ -9,8 +9,27 @@ from math import isfinite
 
 from .stats import Difference
 
-HIGHER = frozenset("accuracy acc acc_plus aacc qacc facc precision recall f1 auroc cover amber score rating".split())  # noqa: SIM905
-LOWER = frozenset("chair chair_s chair_i chairs chairi hal cog hallucination_rate hallucination".split())  # noqa: SIM905
+HIGHER = frozenset(
+    {
+        "accuracy",
+        "acc",
+        "acc_plus",
+        "aacc",
+        "qacc",
+        "facc",
+        "precision",
+        "recall",
+        "f1",
+        "auroc",
+        "cover",
+        "amber",
+        "score",
+        "rating",
+    }
+)
+LOWER = frozenset(
+    {"chair", "chair_s", "chair_i", "chairs", "chairi", "hal", "cog", "hallucination_rate", "hallucination"}
+)
 LOOPING = 10.0
 """Mean share of repeated 4-grams, in %, from which answers count as loops whatever the reference does."""
 
