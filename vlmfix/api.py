@@ -31,6 +31,7 @@ def load(
     quantize: str | None = None,
     processor_kwargs: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    engine: str = "auto",
     **from_pretrained: Any,
 ) -> FixedVLM:
     """Loads a checkpoint and wraps it.
@@ -45,6 +46,7 @@ def load(
         quantize: "4bit" or "8bit" (needs bitsandbytes).
         processor_kwargs: settings of the processor.
         trust_remote_code: run code that a checkpoint brings; off.
+        engine: as in `FixedVLM`.
         from_pretrained: further keywords of from_pretrained (quantization_config, max_memory, ...).
 
     Raises:
@@ -62,12 +64,12 @@ def load(
         trust_remote_code,
         from_pretrained,
     )
-    return FixedVLM(loaded, processor, recipe)
+    return FixedVLM(loaded, processor, recipe, engine)
 
 
-def wrap(model: nn.Module, processor: Any, recipe: Any = "greedy") -> FixedVLM:
+def wrap(model: nn.Module, processor: Any, recipe: Any = "greedy", engine: str = "auto") -> FixedVLM:
     """Wraps a loaded model; see `FixedVLM`."""
-    return FixedVLM(model, processor, recipe)
+    return FixedVLM(model, processor, recipe, engine)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from vlmfix.attention import run
 from vlmfix.attention.observing import watched
 from vlmfix.diagnostics.looking import Gaze
 from vlmfix.engine import search
+from vlmfix.engine.graph import Engine
 from vlmfix.errors import UsageError
 from vlmfix.hf import encoding, hooks, settings
 from vlmfix.hf.batches import Batch, Batcher
@@ -52,20 +53,25 @@ class FixedVLM:
         model: a model of AutoModelForImageTextToText.
         processor: its processor; only `generate` works without one.
         recipe: a recipe, a method, a text, or a list of these.
+        engine: "hf" for transformers' decoding loop, "graph" for one captured step that is replayed, "auto" for the
+            second on a GPU. Where a call cannot be captured it runs in transformers' loop, with a warning and the
+            reason in the report.
 
     Raises:
         Refusal: the recipe cannot act on this model.
+        UsageError: no such engine.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, recipe: Any = "greedy") -> None:
+    def __init__(self, model: nn.Module, processor: Any, recipe: Any = "greedy", engine: str = "auto") -> None:
         self.model: Any = bare(model)
         self.processor = processor
         self.recipe = Recipe.of(recipe)
         self.report: dict[str, Any] = {}
+        self._engine = Engine(engine)
         with hooks.installed(self.model) as parts:
             self.parts = parts
             self.compiled = compile_for(parts, self.recipe, processor)
-            if not self.compiled.plain:
+            if not self.compiled.plain or self._engine.wanted(parts):
                 hooks.acquire(self.model)
                 self._finalizer = weakref.finalize(self, hooks.release, self.model)
         self._batcher = Batcher(parts, processor)
@@ -76,6 +82,7 @@ class FixedVLM:
         finalizer = getattr(self, "_finalizer", None)
         if finalizer is not None:
             finalizer()
+        self._engine.close()
 
     def __enter__(self) -> FixedVLM:
         return self
@@ -131,16 +138,26 @@ class FixedVLM:
             kwargs, draw = settings.seeded(kwargs, seed, names)
         generate = own(self.model)
         with encoding.once(self.model, self._encoded), outside():
-            if self.compiled.plain and not watched(self.model):
-                result, request = generate(**{k: v for k, v in kwargs.items() if k != "visual_mask"}), None
-            else:
-                with hooks.installed(self.model) as parts:
-                    call = search.caller(parts, self.compiled, generate)
-                    result, request = run.generate(parts, self.compiled, call, kwargs, self._batcher.global_tile)
+            result, request = self._engine.generate(
+                self.parts, self.compiled, generate, self._run(kwargs), kwargs, watched(self.model)
+            )
         if draw is not None and draw.scores is not None:
             result.scores = tuple(draw.scores)
         self.report = report_of(self.recipe, self.parts, self.compiled, request, overridden)
+        self.report["engine"] = self._engine.report
         return result
+
+    def _run(self, kwargs: dict[str, Any]) -> Callable[[Callable[..., Any]], tuple[Any, Any]]:
+        """What runs a generate under the recipe."""
+
+        def run_with(generate: Callable[..., Any]) -> tuple[Any, Any]:
+            if self.compiled.plain and not watched(self.model) and not self._engine.wanted(self.parts):
+                return generate(**{k: v for k, v in kwargs.items() if k != "visual_mask"}), None
+            with hooks.installed(self.model) as parts:
+                call = search.caller(parts, self.compiled, generate)
+                return run.generate(parts, self.compiled, call, kwargs, self._batcher.global_tile)
+
+        return run_with
 
     def answer(
         self,

@@ -28,6 +28,18 @@ class Method:
     """Base of all methods. Subclasses are frozen dataclasses; every field is a hyper-parameter with a default."""
 
     kind: ClassVar[str] = ""
+    replayable: ClassVar[bool | None] = None
+    """Whether a decoding step is the same tensor operations every time, so that it can be captured once and replayed.
+
+    Methods of vlmfix are unless they say otherwise; others are not until they say so, since a replay repeats none of
+    their Python.
+    """
+
+    @property
+    def replays(self) -> bool:
+        """Whether a decoding step with it can be captured and replayed."""
+        own = type(self).__module__.split(".")[0] == "vlmfix"
+        return own if self.replayable is None else self.replayable
 
     def neutral(self) -> bool:
         """Whether these settings change nothing, so that the method is dropped when the recipe is compiled."""

@@ -131,7 +131,7 @@ class Step:
     """One step of decoding, as a decoding method sees it.
 
     Args:
-        number: 1 for the first generated token.
+        number: 1 for the first generated token; a tensor [] in steps that are captured once and replayed.
         branches: per branch [B, V] float32 raw logits.
         tapped: the layers of `DecodingMethod.taps`, ascending.
         notes: the method's own notes; tensors with B rows follow them.
@@ -141,7 +141,7 @@ class Step:
             whether the model's final norm comes first.
     """
 
-    number: int
+    number: int | Tensor
     branches: tuple[Tensor, ...]
     tapped: tuple[int, ...]
     early: Callable[[int, bool], Tensor]
@@ -150,5 +150,5 @@ class Step:
 
     def uniforms(self, seed: int, count: int, rows: int) -> Tensor:
         """[rows, count] uniforms of this step, the same for every row and batch."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + self.number)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + int(self.number))
         return torch.rand(count, generator=generator).expand(rows, count)

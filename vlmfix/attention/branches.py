@@ -99,6 +99,10 @@ class BranchRun:
         spread: Tensor = logits.repeat_interleave(n, 0)
         return spread
 
+    def standing(self) -> tuple[Tensor, Tensor]:
+        """[rows, K] bool slots that are no padding, and [..., rows, 1] position ids of the last tokens fed."""
+        return self._mask.bool(), self._last
+
     def drop(self) -> int:
         """Forgets the last block of rows.
 

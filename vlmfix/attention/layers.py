@@ -12,7 +12,9 @@ from torch.nn.functional import pad
 
 from vlmfix.attention.compiled import Compiled
 from vlmfix.attention.counterfactual import PackedText, TextRows
+from vlmfix.attention.values import overwrite
 from vlmfix.hf.attend import Look
+from vlmfix.kernels.grouped_attention.pack import renew
 from vlmfix.layout import NEVER, Layout
 from vlmfix.method import Glance, LayerContext
 from vlmfix.plan import Plan
@@ -48,6 +50,7 @@ class Layers:
         self.seen: dict[int, Tensor] = {}
         self.ids: Tensor | None = None
         self._prefilling = True
+        self.replanned = False
         self._hidden: dict[int, Tensor] = {}
         self._plans: dict[int, tuple[Plan, ...]] = {}
         self._heads: dict[int, tuple[tuple[int, Plan], ...]] = {}
@@ -100,6 +103,30 @@ class Layers:
         self._prefilling = self.past < self.layout.length
         self._hidden.clear()
 
+    def follow(self, slot: Tensor) -> None:
+        """A step of one token begins at a slot [1] that only the device knows."""
+        self.q_pos, self.past, self._prefilling = slot, self.layout.length, False
+        self._hidden.clear()
+
+    def settle(self, length: int) -> None:
+        """Makes plans what they are from now on: tables of `length` keys, head scales instead of their rules."""
+        self._plans = {layer: tuple(_lengthened(plan, length) for plan in on) for layer, on in self._plans.items()}
+        self._heads = {
+            layer: tuple(
+                (i, _lengthened(replace(plan, head_rule=None, head_scale=self._head_scale(i, layer, plan)), length))
+                for i, plan in on
+            )
+            for layer, on in self._heads.items()
+        }
+
+    def overwrite(self, other: Layers) -> bool:
+        """Takes over settled plans at the addresses of these; False where they differ in more than values."""
+        if not overwrite((self._plans, self._heads), (other._plans, other._heads)):
+            return False
+        for layer, plans in self._plans.items():
+            renew(plans, self.compiled.facts.heads[layer])
+        return True
+
     def observe(self, layer: int, hidden: Tensor) -> None:
         """Keeps the residual stream entering a layer: a prefill for methods that read it, the last row for taps."""
         if self._prefilling and layer in self.compiled.reading_layers:
@@ -131,6 +158,7 @@ class Layers:
                 context = self.context(i, layer, look.query, False)
                 glance = Glance(context, look.query, look.key, look.rows, look.k_pos, look.value)
                 if method.watch(glance, self.notes.setdefault(i, {})):
+                    self.replanned = not self._prefilling
                     self._plans.pop(layer, None)
                     if not method.replans_here:
                         self._plans.clear()
@@ -138,17 +166,18 @@ class Layers:
     def finish(self, layer: int, out: Tensor) -> Tensor:
         """Scales the heads of a layer's output [B, Q, H, D]; a head rule picks its scales in the prefill, for good."""
         for i, plan in self._heads[layer]:
-            scale = plan.head_scale
-            if plan.head_rule is not None:
+            if plan.head_rule is not None and (i, layer) not in self._scales:
                 assert self.counterfactual is not None
-                if (i, layer) not in self._scales:
-                    self._scales[i, layer] = plan.head_rule(*self.counterfactual.pair(out, self.layout))
-                scale = self._scales[i, layer]
+                self._scales[i, layer] = plan.head_rule(*self.counterfactual.pair(out, self.layout))
+            scale = self._head_scale(i, layer, plan)
             assert scale is not None
             slots = self.q_pos[len(self.q_pos) - out.shape[1] :]
             active = (slots[None] >= plan.active_from[:, None])[:, :, None, None]
             out = torch.where(active, out * scale[:, None, :, None].to(out.dtype), out)
         return out
+
+    def _head_scale(self, index: int, layer: int, plan: Plan) -> Tensor | None:
+        return plan.head_scale if plan.head_rule is None else self._scales[index, layer]
 
     def _acting_rows(self) -> dict[int, Tensor]:
         """[rows] bool per attention method: the rows it is on, with a picture where the method needs one."""
@@ -217,14 +246,18 @@ def _aligned(plans: list[Plan]) -> tuple[Plan, ...]:
     if len({plan.groups.shape[1] for plan in plans}) < 2:
         return tuple(plans)
     length = max(plan.groups.shape[1] for plan in plans)
-    return tuple(
-        replace(
-            plan,
-            groups=pad(plan.groups, (0, length - plan.groups.shape[1])),
-            key_slope=_filled(plan.key_slope, length, 1),
-            key_weight=_filled(plan.key_weight, length, 0),
-        )
-        for plan in plans
+    return tuple(_lengthened(plan, length) for plan in plans)
+
+
+def _lengthened(plan: Plan, length: int) -> Plan:
+    """A plan whose tables have `length` keys, filled up as keys past their end count."""
+    if plan.groups.shape[1] == length:
+        return plan
+    return replace(
+        plan,
+        groups=pad(plan.groups, (0, length - plan.groups.shape[1])),
+        key_slope=_filled(plan.key_slope, length, 1),
+        key_weight=_filled(plan.key_weight, length, 0),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from vlmfix.hf.cache import BranchCache, BranchRows, StaticBranchCache
 from vlmfix.hf.lens import lens
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.reader import Reader
+from vlmfix.hf.slots import Frame
 from vlmfix.hf.vision import class_row, on_tokens
 from vlmfix.layout import Layout
 from vlmfix.method import Step
@@ -89,6 +91,7 @@ class Request:
         self._packed = counterfactual if isinstance(counterfactual, PackedText) else None
         self._text_rows = isinstance(counterfactual, TextRows)
         self.tail: Tail | None = None
+        self.frame: Frame | None = None
         self.reader: Reader | None = None
         self._read: Tensor | None = None
         self._split = SplitPrefill(parts, self.cache) if self.layers.splits else None
@@ -104,7 +107,7 @@ class Request:
     def before(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keywords of the forward with branch rows added."""
         run, late = self._branches, self._late
-        if late is not None and late.running:
+        if self.frame is not None or (late is not None and late.running):
             return kwargs
         cache = kwargs.get("past_key_values")
         if self.reader is not None:
@@ -153,8 +156,9 @@ class Request:
             taps = tuple(sorted(self.compiled.taps))
             notes = self.layers.notes.setdefault(OWN, {})
             saliency = self._saliency(last)
+            number = self.steps if self.frame is None else self.frame.number
             rewritten = method.scores(
-                last.detach(), Step(self.steps, tuple(branches), taps, self._early(len(last)), notes, saliency)
+                last.detach(), Step(number, tuple(branches), taps, self._early(len(last)), notes, saliency)
             )
             acting = self._rewritten.repeat_interleave(len(last) // self.visible)
             rewritten = torch.where(acting[:, None].to(last.device), rewritten, last.detach())
@@ -221,6 +225,38 @@ class Request:
         cache.copies, cache.state = self.copies, self
         return cache
 
+    def standing(self, valid: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the rows of this request stand after the prefill, branch rows included.
+
+        Args:
+            valid: [B, K] bool, the caller's prompt.
+            positions: [..., B, 1] last position ids of the caller's rows.
+
+        Returns:
+            [rows, K] bool slots of the cache that are no padding, and [..., rows, 1] last position ids.
+        """
+        return (valid, positions) if self._branches is None else self._branches.standing()
+
+    def settle(self, capacity: int) -> None:
+        """Ends the prefill for good: plans for a cache of `capacity` slots, inputs let go."""
+        self.layers.settle(capacity)
+        self.inputs = {}
+        if self._branches is not None:
+            self._branches.joint = replace(self._branches.joint, inputs={})
+
+    def overwrite(self, other: Request) -> bool:
+        """Takes over a settled request at the addresses of this one; False where they differ in more than values."""
+        same = self.rows_rewritten > 0, self.visible
+        if same != (other.rows_rewritten > 0, other.visible) or not self.layers.overwrite(other.layers):
+            return False
+        self._rewritten.copy_(other._rewritten)
+        return True
+
+    @property
+    def replanned(self) -> bool:
+        """Whether a method made plans anew in a step."""
+        return self.layers.replanned
+
     @property
     def extra_length(self) -> int:
         """Slots the prefill has beyond the visible prompt."""
@@ -253,6 +289,9 @@ class Request:
 
     def step(self, rows: int, queries: int, past: Any, device: Any) -> None:
         """A decoder forward begins."""
+        if self.frame is not None:
+            self.layers.follow(self.frame.slot)
+            return
         if self.compiled.vision_layers and not self.layers.seen and any(self.visual_tokens):
             read, layout = self._class_rows or encoding.notes(), self.layers.layout
             if not read:
@@ -283,6 +322,10 @@ class Request:
         for wanted in self.compiled.vision_layers:
             if layer == wanted % len(self.parts.tower):
                 self._class_rows[wanted] = encoding.notes()[wanted] = class_row(attention, hidden)
+
+    def watches(self, layer: int) -> bool:
+        """Whether any method looks at a layer's attention."""
+        return layer in self.compiled.watched_layers
 
     def visit(self, layer: int, look: Look) -> tuple[tuple[Plan, ...], int]:
         """Plans of a layer and the first query position any of them changes."""

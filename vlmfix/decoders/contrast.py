@@ -15,7 +15,7 @@ def plausible(logits: Tensor, beta: float) -> Tensor:
     return logits >= logits.amax(-1, keepdim=True) + math.log(beta)
 
 
-def contrast(logits: Tensor, branch: Tensor, weight: float) -> Tensor:
+def contrast(logits: Tensor, branch: Tensor, weight: float | Tensor) -> Tensor:
     """S = (1 + w) x - w y; tokens the model itself rules out stay ruled out."""
     floor = torch.finfo(logits.dtype).min / 2
     scores = (1 + weight) * logits - weight * branch.clamp(min=floor)

@@ -52,8 +52,10 @@ class M3ID(DecodingMethod):
         """The same text without pictures."""
         return (WithoutPictures(),) if self.forget_rate else ()
 
-    def weight(self, step: int) -> float:
+    def weight(self, step: int | Tensor) -> float | Tensor:
         """w_t = (1 - gamma_t) / gamma_t with gamma_t = exp(-lambda t), capped."""
+        if isinstance(step, Tensor):
+            return torch.expm1((self.forget_rate * step.double()).clamp(max=700.0)).clamp(max=self.max_weight)
         return min(math.expm1(min(self.forget_rate * step, 700.0)), self.max_weight)
 
     def scores(self, logits: Tensor, step: Step) -> Tensor:

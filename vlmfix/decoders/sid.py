@@ -40,7 +40,7 @@ class LeastAttended(AttentionMethod):
     def watch(self, glance: Glance, notes: dict[str, Tensor]) -> bool:
         """Ranks the visual tokens by the last query's attention, mean over heads; anew at every step."""
         layout = glance.context.layout
-        last = torch.tensor([glance.query.shape[2] - 1], device=glance.query.device)
+        last = torch.full((1,), glance.query.shape[2] - 1, device=glance.query.device)
         weights = glance.rows(last)[:, :, 0].mean(1)
         slots = glance.k_pos.clamp(max=layout.length)
         seen = torch.nn.functional.pad(layout.visual, (0, 1))[:, slots]
@@ -56,7 +56,8 @@ class LeastAttended(AttentionMethod):
         hidden = context.notes.get("hidden")
         if hidden is None:
             return None
-        bias = torch.tensor([[[0.0, float("-inf")]]], device=hidden.device)
+        bias = torch.zeros(1, 1, 2, device=hidden.device)
+        bias[..., UNSEEN] = float("-inf")
         start = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
         return Plan(hidden.to(torch.uint8), 2, active_from=start, bias=bias)
 

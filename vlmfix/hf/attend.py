@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from vlmfix.hf.slots import Frame
 from vlmfix.kernels.grouped_attention import CHUNK, grouped_attention, served
 from vlmfix.kernels.grouped_attention.reference import probabilities
 from vlmfix.plan import Plan
@@ -36,6 +37,7 @@ class Look:
         scale: factor on q.k.
         q_pos: [Q] slots of the queries.
         how: softcap, sinks and causal.
+        slots: [K] slots of the keys, where they do not follow from their number.
     """
 
     query: Tensor
@@ -45,10 +47,13 @@ class Look:
     scale: float
     q_pos: Tensor
     how: dict[str, Any]
+    slots: Tensor | None = None
 
     @cached_property
     def k_pos(self) -> Tensor:
         """[K] slots of the keys: the last K of the sequence, or 0.. where the cache is longer than the sequence."""
+        if self.slots is not None:
+            return self.slots
         keys = self.key.shape[2]
         offset = (self.q_pos[-1] + 1 - keys).clamp(min=0)
         return offset + torch.arange(keys, device=self.q_pos.device)
@@ -101,6 +106,15 @@ class Request(Protocol):
     @property
     def tail(self) -> Tail | None:
         """Queries of this forward that follow plans of their own."""
+        ...
+
+    @property
+    def frame(self) -> Frame | None:
+        """The step of a cache of fixed size that is running, if one is."""
+        ...
+
+    def watches(self, layer: int) -> bool:
+        """Whether any method looks at a layer's attention."""
         ...
 
     @property
@@ -164,6 +178,8 @@ def _attend(
     causal = kw.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     how: dict[str, Any] = {"softcap": kw.get("softcap"), "sinks": kw.get("s_aux"), "causal": causal}
+    if request.frame is not None:
+        return _attend_slots(request, request.frame, layer, query, key, value, scale, {**how, "causal": False}), None
     queries, tail = query.shape[2], request.tail
     skipped = len(request.q_pos) - queries  # some decoders run only the last token through their upper layers
     past, slots = request.past + skipped, request.q_pos[skipped:]
@@ -186,3 +202,33 @@ def _attend(
         parts.append(out.transpose(1, 2))
     out = torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()
     return request.finish(layer, out), None
+
+
+def _attend_slots(
+    request: Request,
+    frame: Frame,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    how: dict[str, Any],
+) -> Tensor:
+    """One step of a cache of fixed size: [B, 1, H, Dv]; every layer runs as grouped attention, which reads no mask."""
+    seen = frame.seen(layer)
+    mask = seen.mask() if request.watches(layer) else None
+    plans, _ = request.visit(layer, Look(query, key, value, mask, scale, frame.slot, how, seen.k_pos))
+    out = grouped_attention(
+        query,
+        key,
+        value,
+        plans or (frame.nothing,),
+        None,
+        scale,
+        frame.slot,
+        seen.k_pos,
+        consecutive=seen.consecutive,
+        spans=(seen.low, seen.high),
+        **how,
+    )
+    return request.finish(layer, out.transpose(1, 2).contiguous())

@@ -154,11 +154,15 @@ class _Probe:
 
     past = 0
     tail = None
+    frame = None
 
     def __init__(self) -> None:
         self.heads: dict[int, int] = {}
         self.kv_heads: dict[int, int] = {}
         self.q_pos = torch.empty(0)
+
+    def watches(self, layer: int) -> bool:
+        return False
 
     def visit(self, layer: int, look: attend.Look) -> tuple[tuple[Plan, ...], int]:
         self.heads[layer] = look.query.shape[1]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria
+from transformers import DynamicCache
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
 from vlmfix.errors import Refusal, UsageError
 from vlmfix.hf.attend import NAMES
 from vlmfix.hf.families import FAMILIES, UNBRANCHED
 from vlmfix.hf.parts import Parts
+from vlmfix.hf.settings import stop_strings_as_criteria
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -124,17 +124,7 @@ def call(
         raise UsageError(f"num_return_sequences={returned} is more than there are beams ({beams}); raise num_beams")
     penalty = given["length_penalty"]
     settings = Settings(beams, returned, 1.0 if penalty is None else penalty, given["early_stopping"] or False)
-    kwargs = {**kwargs, **BEAM, "past_key_values": DynamicCache()}
-    strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
-    config = kwargs.get("generation_config")
-    if config is not None and config.stop_strings is not None:
-        kwargs["generation_config"] = config = copy.deepcopy(config)
-        strings, config.stop_strings = strings or config.stop_strings, None
-    if strings is not None:
-        if tokenizer is None:
-            raise UsageError("stop_strings need the tokenizer; pass tokenizer=processor.tokenizer as well")
-        given_criteria = kwargs.get("stopping_criteria") or []
-        kwargs["stopping_criteria"] = StoppingCriteriaList([*given_criteria, StopStringCriteria(tokenizer, strings)])
+    kwargs = stop_strings_as_criteria({**kwargs, **BEAM, "past_key_values": DynamicCache()})
 
     def decoding(
         model: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     MinPLogitsWarper,
+    StoppingCriteriaList,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -165,3 +168,23 @@ def seeded(kwargs: dict[str, Any], seed: int, items: Sequence[str]) -> tuple[dic
     draw = SeededDraw(seed, items, repeats, warpers, bool(kwargs.get("output_scores")))
     processors = LogitsProcessorList([*(kwargs.get("logits_processor") or []), draw])
     return {**kwargs, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "logits_processor": processors}, draw
+
+
+def stop_strings_as_criteria(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of `generate` whose stop strings are stopping criteria, as loops of our own need them.
+
+    Raises:
+        UsageError: stop strings without the tokenizer.
+    """
+    kwargs = dict(kwargs)
+    strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+    config = kwargs.get("generation_config")
+    if config is not None and config.stop_strings is not None:
+        kwargs["generation_config"] = config = copy.deepcopy(config)
+        strings, config.stop_strings = strings or config.stop_strings, None
+    if strings is None:
+        return kwargs
+    if tokenizer is None:
+        raise UsageError("stop_strings need the tokenizer; pass tokenizer=processor.tokenizer as well")
+    given = kwargs.get("stopping_criteria") or []
+    return {**kwargs, "stopping_criteria": StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])}

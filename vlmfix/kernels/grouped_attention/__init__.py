@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from vlmfix.kernels.dispatch import use_triton
@@ -33,13 +34,31 @@ def grouped_attention(
     sinks: Tensor | None = None,
     causal: bool = True,
     consecutive: bool = False,
+    spans: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention as changed by plans; arguments and result as in `reference.grouped_attention`.
 
     `consecutive` promises that k_pos counts up by one, so that keys outside the visible range need not be read.
+    `spans` takes the place of a mask where every query sees one run of slots: the first and the one after the last,
+    each [B or 1, Q].
     """
     if served(q, k, v, plans):
         from vlmfix.kernels.grouped_attention.evaluate import evaluate
 
-        return evaluate(q, k, v, plans, mask, scale, q_pos, k_pos, softcap, sinks, causal, consecutive=consecutive)
+        return evaluate(
+            q, k, v, plans, mask, scale, q_pos, k_pos, softcap, sinks, causal, consecutive=consecutive, spans=spans
+        )
+    if spans is not None:
+        low, high = (bound[:, None, :, None] for bound in spans)
+        inside = (k_pos >= low) & (k_pos < high)
+        if mask is None and causal:
+            inside = inside & (k_pos <= q_pos[:, None])
+        mask = _both(mask, inside)
     return reference.grouped_attention(q, k, v, plans, mask, scale, q_pos, k_pos, softcap, sinks, causal)
+
+
+def _both(mask: Tensor | None, inside: Tensor) -> Tensor:
+    """A mask that hides, besides what it hid, all keys that are not inside."""
+    if mask is None:
+        return inside
+    return mask & inside if mask.dtype == torch.bool else mask.masked_fill(~inside, torch.finfo(mask.dtype).min)

@@ -155,6 +155,13 @@ def packed_once(plans: Sequence[Plan], heads: int) -> Packed:
     return _packs[key]
 
 
+def renew(plans: Sequence[Plan], heads: int) -> None:
+    """Brings a remembered pack up to date with its plans, whose tensors changed in place."""
+    known = _packs.get((heads, *map(id, plans)))
+    if known is not None:
+        known.copy_(pack(plans, heads))
+
+
 def marginal(masses: Tensor, digit: Digit, n_groups: int, weighted: bool) -> Tensor:
     """A plan's masses [B, H, Q, G], or G + 1 if it has weights, out of the joint ones [B, H, Q, R]."""
     plain: Tensor = masses[..., :n_groups].unflatten(-1, (-1, digit.size, digit.radix)).sum((-3, -1))

@@ -1,0 +1,175 @@
+"""One decoding step over fixed addresses, captured once in a CUDA graph and replayed token by token."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfix.attention.request import Request
+from vlmfix.hf.parts import Parts
+from vlmfix.hf.slots import MARK, Frame, SlotCache
+from vlmfix.hf.stepping import Choice, Prefilled, Task
+
+_LOG = logging.getLogger("vlmfix")
+
+
+class Session:
+    """The step of one shape: embedding, layers, methods, branches, choice of the token and end test.
+
+    Nothing in it reads from or waits for the device, so on a GPU it runs as one graph; elsewhere, or where capturing
+    fails (`reason` then says why), it runs as it is.
+
+    Args:
+        parts: the model.
+        request: state of the generation it is made for; later generations are copied into it.
+        task: the call it is made for.
+        prefilled: its prompt.
+        capacity: slots of the cache.
+    """
+
+    def __init__(self, parts: Parts, request: Request, task: Task, prefilled: Prefilled, capacity: int) -> None:
+        valid, positions = request.standing(prefilled.valid, prefilled.positions)
+        device = valid.device
+        self.parts, self.request = parts, request
+        self.choice = Choice(task)
+        self.capacity = capacity
+        self.capture_seconds = 0.0
+        self.reason = ""
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._copies = request.copies
+        self._ends, self._fill = task.ends, task.fill
+        visible, count = len(prefilled.valid), self.choice.uniforms(capacity)
+        slot = torch.zeros(1, dtype=torch.long, device=device)
+        cache = SlotCache.like(prefilled.cache, capacity, slot)
+        start, number = torch.zeros(len(valid), 1, dtype=torch.long, device=device), torch.zeros_like(slot[0])
+        self.frame = Frame(cache, slot, start, number)
+        self._positions = torch.zeros_like(positions)
+        self._tokens = torch.zeros(visible, dtype=torch.long, device=device)
+        self._done = torch.zeros(visible, dtype=torch.bool, device=device)
+        self._lived = torch.zeros_like(number)
+        self._written = torch.zeros(visible, capacity, dtype=torch.long, device=device)
+        self._cursor = torch.zeros_like(slot)
+        self._uniforms = None if count is None else torch.empty_like(count)
+        self._mark = MARK.to(device)
+        self.scores = torch.empty(0)
+        request.settle(capacity)
+        request.frame = self.frame
+
+    def fits(self, request: Request) -> bool:
+        """Takes over another generation's plans; False where they differ in more than values."""
+        if request is self.request:
+            return True
+        if self.request.replanned:
+            return False
+        request.settle(self.capacity)
+        return self.request.overwrite(request)
+
+    def start(self, request: Request, task: Task, prefilled: Prefilled, token: Tensor) -> None:
+        """Puts a read prompt and its first token in place."""
+        valid, positions = request.standing(prefilled.valid, prefilled.positions)
+        frame, length = self.frame, valid.shape[1]
+        frame.cache.fill(prefilled.cache, length)
+        frame.slot.fill_(length)
+        frame.number.fill_(2)
+        frame.start.copy_(valid.long().argmax(1, keepdim=True))
+        self._positions.copy_(positions + 1)
+        self._cursor.fill_(0)
+        self._lived.fill_(0)
+        self._done.fill_(False)
+        self._written.fill_(self._fill)
+        if self._uniforms is not None:
+            self._uniforms.copy_(Choice(task).uniforms(self.capacity))  # type: ignore[arg-type]
+        self.take(token)
+
+    def take(self, drawn: Tensor) -> None:
+        """Writes the next token [B] of every row that has not ended."""
+        self._lived += (~self._done).any().long()
+        token = torch.where(self._done, self._fill, drawn)
+        self._written.index_copy_(1, self._cursor, token[:, None])
+        self._cursor += 1
+        if self._ends is not None:
+            self._done |= (token[:, None] == self._ends).any(1)
+        self._tokens.copy_(token)
+
+    def end(self, rows: Tensor) -> None:
+        """Ends the sequences of some rows [B] bool."""
+        self._done |= rows
+
+    @property
+    def ended(self) -> bool:
+        """Whether all sequences have ended; waits for the device."""
+        return bool(self._done.all())
+
+    @property
+    def last(self) -> Tensor:
+        """[B] the tokens written last."""
+        return self._tokens
+
+    def written(self, count: int | None = None) -> Tensor:
+        """[B, n] tokens so far: `count`, or as many as were written before all rows had ended."""
+        return self._written[:, : int(self._lived) if count is None else count].clone()
+
+    def step(self) -> None:
+        """Feeds the last token; leaves `scores` and, where the choice is pure, writes the next one."""
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        if not self.reason and self._tokens.is_cuda:
+            self._capture()
+            self.step()
+            return
+        self._advance()
+
+    def _advance(self) -> None:
+        frame = self.frame
+        frame.begin()
+        output = self.parts.top(
+            input_ids=self._tokens[:, None].repeat(self._copies, 1),
+            position_ids=self._positions,
+            attention_mask=self._mark,
+            past_key_values=frame.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        self.scores = output.logits[:, -1].float()
+        if self.choice.pure:
+            u = None
+            if self._uniforms is not None:
+                u = self._uniforms.index_select(1, (frame.number - 1)[None])[:, 0]
+            self.take(self.choice.pick(self.scores, u))
+        frame.slot += 1
+        frame.number += 1
+        self._positions += 1
+
+    def _capture(self) -> None:
+        started = time.perf_counter()
+        clock = [self.frame.slot, self.frame.number, self._positions, self._cursor, self._lived]
+        clock += [self._tokens, self._done]
+        before = [t.clone() for t in clock]
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):
+                self._advance()
+            torch.cuda.current_stream().wait_stream(side)
+            for tensor, value in zip(clock, before, strict=True):
+                tensor.copy_(value)
+            with torch.cuda.graph(graph):
+                self._advance()
+            self._graph = graph
+        except Exception as error:
+            torch.cuda.synchronize()
+            for tensor, value in zip(clock, before, strict=True):
+                tensor.copy_(value)
+            self.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            _LOG.warning("this step cannot be captured in a CUDA graph and runs without one: %s", self.reason)
+        self.capture_seconds = time.perf_counter() - started
+
+    @property
+    def captured(self) -> bool:
+        """Whether the step is a graph."""
+        return self._graph is not None

@@ -1,0 +1,187 @@
+"""A cache of fixed size whose state lives on the device, so that one captured step can be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from vlmfix.layout import NEVER
+from vlmfix.plan import Plan
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step's query sees of one layer's keys: those at slots low <= s < high.
+
+    Args:
+        k_pos: [K] slots of the keys; `NEVER` where nothing was written.
+        low: [B, 1].
+        high: [1, 1].
+        consecutive: whether k_pos counts up by one.
+    """
+
+    k_pos: Tensor
+    low: Tensor
+    high: Tensor
+    consecutive: bool
+
+    def mask(self) -> Tensor:
+        """[B, 1, 1, K] bool."""
+        return ((self.k_pos >= self.low) & (self.k_pos < self.high))[:, None, None]
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer at fixed addresses.
+
+    Args:
+        keys: [B, Hkv, C, D].
+        values: [B, Hkv, C, Dv].
+        slot: [1] int64 slot of the token that is written next, moved by the engine.
+        window: keys that a query sees, its own among them; the buffer is then a ring of so many. None for all.
+    """
+
+    is_compileable = True
+
+    def __init__(self, keys: Tensor, values: Tensor, slot: Tensor, window: int | None) -> None:
+        super().__init__()
+        self.keys, self.values, self.slot, self.window = keys, values, slot, window
+        self.is_sliding = window is not None
+        self.is_initialized = True
+
+    @property
+    def capacity(self) -> int:
+        """C."""
+        return int(self.keys.shape[2])
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes one token and returns the whole buffers."""
+        at = self.slot if self.window is None else self.slot % self.window
+        self.keys.index_copy_(2, at, key_states)
+        self.values.index_copy_(2, at, value_states)
+        return self.keys, self.values
+
+    def fill(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Takes over the last keys and values [B, Hkv, n, D] of the first `length` slots."""
+        first = length - keys.shape[2]
+        if self.window is None:
+            self.keys[:, :, first:length] = keys
+            self.values[:, :, first:length] = values
+            return
+        kept = min(keys.shape[2], self.window)
+        at = torch.arange(length - kept, length, device=keys.device) % self.window
+        self.keys.index_copy_(2, at, keys[:, :, keys.shape[2] - kept :])
+        self.values.index_copy_(2, at, values[:, :, values.shape[2] - kept :])
+
+    def seen(self, start: Tensor) -> Seen:
+        """What the next token sees, itself included.
+
+        Args:
+            start: [B, 1] first slot that is no padding.
+        """
+        own = torch.arange(self.capacity, device=self.slot.device)
+        high = self.slot[None] + 1
+        if self.window is None:
+            return Seen(own, start, high, True)
+        slots = self.slot - (self.slot - own) % self.window
+        return Seen(torch.where(slots < 0, NEVER, slots), torch.maximum(start, high - self.window), high, False)
+
+    def get_seq_length(self) -> Any:
+        """Slots written so far, as a tensor []."""
+        return self.slot[0]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All of the buffer."""
+        return self.capacity, 0
+
+    def get_max_length(self) -> int:
+        """C."""
+        return self.capacity
+
+    def get_max_cache_shape(self) -> int:
+        """C."""
+        return self.capacity
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """Layers of fixed size; their clock is moved by the engine, not by `update`."""
+
+    @staticmethod
+    def like(cache: Any, capacity: int, slot: Tensor) -> SlotCache:
+        """Empty buffers for a growing cache.
+
+        Args:
+            cache: after a prefill; every layer holds keys.
+            capacity: most slots.
+            slot: [1] int64, the clock.
+        """
+        layers = []
+        for layer in cache.layers:
+            window = getattr(layer, "sliding_window", None)
+            window = window if window is not None and window < capacity else None
+            size = capacity if window is None else window
+            shapes = ((*x.shape[:2], size, x.shape[3]) for x in (layer.keys, layer.values))
+            keys, values = (layer.keys.new_zeros(shape) for shape in shapes)
+            layers.append(SlotLayer(keys, values, slot, window))
+        return SlotCache(layers=layers)
+
+    def fill(self, cache: Any, length: int) -> None:
+        """Takes over a growing cache of `length` slots layer by layer, which is empty afterwards."""
+        for mine, theirs in zip(self.layers, cache.layers, strict=True):
+            mine.fill(theirs.keys, theirs.values, length)
+            theirs.keys = theirs.values = None
+
+
+class Frame:
+    """Where a replayed step stands, as tensors at fixed addresses.
+
+    Args:
+        cache: of fixed size.
+        slot: [1] int64 slot of the token that is fed.
+        start: [B, 1] int64 first slot of each row that is no padding.
+        number: [] int64, 1 for the first generated token, of the token that the step yields.
+        nothing: a plan that changes nothing, for layers without another.
+    """
+
+    def __init__(self, cache: SlotCache, slot: Tensor, start: Tensor, number: Tensor) -> None:
+        self.cache, self.slot, self.start, self.number = cache, slot, start, number
+        never = torch.full_like(start[:, 0], NEVER)
+        self.nothing = Plan(torch.zeros(len(start), 1, dtype=torch.uint8, device=start.device), 1, never)
+        self._seen: dict[int | None, Seen] = {}
+
+    def begin(self) -> None:
+        """A step begins: what is seen is worked out once for all layers of one kind."""
+        layers: Sequence[SlotLayer] = self.cache.layers
+        self._seen = {layer.window: layer.seen(self.start) for layer in reversed(layers)}
+
+    def seen(self, layer: int) -> Seen:
+        """What a layer's query sees."""
+        found: SlotLayer = self.cache.layers[layer]
+        return self._seen[found.window]
+
+
+MARK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+"""A ready-made mask, so that models build none; attention over slots does not read it."""
+
+
+def why_not(cache: Any, depth: int, kinds: Sequence[str]) -> str:
+    """Why a growing cache cannot become one of fixed size; empty where it can.
+
+    Args:
+        cache: after a prefill.
+        depth: L.
+        kinds: kinds of layers, in the words of transformers' configurations.
+    """
+    others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if others:
+        return f"layers of kind {', '.join(others)}"
+    if len(cache.layers) != depth or any(not isinstance(getattr(x, "keys", None), Tensor) for x in cache.layers):
+        return "layers that keep no keys of their own"
+    return ""

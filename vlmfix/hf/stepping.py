@@ -1,0 +1,190 @@
+"""What a loop of our own, one token a step, needs from transformers: prefill, choice of tokens, result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from vlmfix.hf.draw import SeededDraw, inverse_cdf, uniforms
+from vlmfix.hf.evidence import FirstToken
+from vlmfix.hf.settings import stop_strings_as_criteria
+
+WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+"""Processors that look at the scores alone, in tensors of fixed shape."""
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A read prompt.
+
+    Args:
+        logits: [B, V] raw logits of the last position, after the decoding method.
+        cache: a growing cache of all rows.
+        valid: [B, K] bool, slots of the caller's rows that are no padding.
+        positions: [..., B, 1] last position ids of the caller's rows.
+    """
+
+    logits: Tensor
+    cache: Any
+    valid: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of generate, prepared by transformers up to its decoding loop.
+
+    Args:
+        model: the module that generate runs.
+        ids: [B, L] prompt ids; L = 0 for a prompt of embeddings.
+        processors: logits processors.
+        stopping: stopping criteria.
+        config: the generation config.
+        kwargs: the model's keywords.
+        streamer: receives tokens as they come, if given.
+    """
+
+    model: Any
+    ids: Tensor
+    processors: Any
+    stopping: Any
+    config: Any
+    kwargs: dict[str, Any]
+    streamer: Any
+
+    def prefill(self) -> Prefilled:
+        """Reads the prompt."""
+        output = self.model._prefill(self.ids, self.config, self.kwargs)
+        logits = output.logits[:, -1].to(copy=True, dtype=torch.float32)
+        rows, cache = len(logits), output.past_key_values
+        mask = self.kwargs.get("attention_mask")
+        length = cache.get_seq_length()
+        valid = torch.ones(rows, length, device=logits.device) if mask is None else mask
+        positions = self.kwargs.get("position_ids")
+        last = valid.long().sum(1, keepdim=True) - 1 if positions is None else positions[..., -1:]
+        return Prefilled(logits, cache, valid.bool(), last)
+
+    @property
+    def room(self) -> int:
+        """Most tokens that may be generated."""
+        return int(self.stopping.max_length) - self.ids.shape[1]
+
+    @property
+    def ends(self) -> Tensor | None:
+        """[n] tokens that end a sequence."""
+        found = [c.eos_token_id for c in self.stopping if isinstance(c, EosTokenCriteria)]
+        return found[0].to(self.ids.device).reshape(-1) if found else None
+
+    @property
+    def fill(self) -> int:
+        """What follows the end of a sequence that is shorter than others."""
+        pad = self.config._pad_token_tensor
+        return 0 if pad is None else int(pad.reshape(-1)[0])
+
+    @property
+    def criteria(self) -> list[Any]:
+        """Stopping criteria other than the longest length and end tokens; they read the whole text at every step."""
+        return [c for c in self.stopping if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+
+    def result(self, sequences: Tensor, scores: list[Tensor], logits: list[Tensor]) -> Any:
+        """What generate returns; the cache is not part of it."""
+        if not self.config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=tuple(scores) if self.config.output_scores else None,
+            logits=tuple(logits) if self.config.output_logits else None,
+        )
+
+
+class Choice:
+    """How a token is chosen from scores.
+
+    Args:
+        task: the call.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._later = [p for p in task.processors if not isinstance(p, FirstToken)]
+        draws = [p for p in self._later if isinstance(p, SeededDraw)]
+        self._draw = draws[0] if draws else None
+        own = [p for p in self._later if p is not self._draw]
+        self._warpers = [*own, *(() if self._draw is None else self._draw.warpers)]
+        keeping = self._draw is not None and self._draw.scores is not None
+        self.pure = all(isinstance(p, WARPERS) for p in self._warpers) and not keeping
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for choices that are the same function of the scores."""
+        numbers = [(type(p).__name__, *sorted(vars(p).items())) for p in self._warpers] if self.pure else ()
+        return self.pure, tuple(numbers), self._draw is not None, bool(self._task.config.do_sample)
+
+    def uniforms(self, count: int) -> Tensor | None:
+        """[B, count] what a seeded draw compares with, from the first token on."""
+        if self._draw is None or not self.pure:
+            return None
+        return torch.from_numpy(uniforms(self._draw.keys, 0, count)).to(self._task.ids.device)
+
+    def first(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The first token [B] and the processed scores [B, V]."""
+        return self._picked(self._task.processors(self._task.ids, scores))
+
+    def later(self, ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """A later token from everything before it, ids [B, n]."""
+        for processor in self._later:
+            scores = processor(ids, scores)
+        return self._picked(scores)
+
+    def pick(self, scores: Tensor, u: Tensor | None) -> Tensor:
+        """A later token [B] where the choice is `pure`, in operations that can be captured.
+
+        Args:
+            scores: [B, V].
+            u: [B] of a seeded draw.
+        """
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        return self._picked(scores)[0] if u is None else inverse_cdf(scores, u)
+
+    def _picked(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        if self._task.config.do_sample:
+            return torch.multinomial(scores.softmax(-1), 1)[:, 0], scores
+        return scores.argmax(-1), scores
+
+
+def call(generate: Callable[..., Any], loop: Callable[[Task], Any], kwargs: dict[str, Any]) -> Any:
+    """Runs transformers' generate with a decoding loop of ours.
+
+    Args:
+        generate: the model's generate.
+        loop: the loop.
+        kwargs: the caller's keywords.
+    """
+
+    def decoding(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **rest: Any,
+    ) -> Any:
+        return loop(Task(model, input_ids, logits_processor, stopping_criteria, generation_config, rest, streamer))
+
+    return generate(**stop_strings_as_criteria(kwargs), custom_generate=decoding)
