@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from decode import IMAGE, SHAPES, build
+from shapes import IMAGE, SHAPES, build
 
 import vlmfix
 from vlmfix.hf.sharing import share
