@@ -15,15 +15,23 @@ from vlmfix.kernels.grouped_attention.parts import group_outputs
 from vlmfix.plan import Plan
 
 if has_triton():
-    from vlmfix.kernels.grouped_attention import evaluate
+    from vlmfix.kernels.grouped_attention import evaluate, triton_tiles
 
 SPLIT = ("grouped_split", "grouped_merge")
-FORMS = {"split": 1 << 20, "tiles": 0}
+FORMS = {"split": (1 << 20, 0), "tiles": (0, 1), "parts": (0, 3)}
+"""Most tile rows for the split kernel, and the tile kernel's splits of the keys: whole, or parts that are merged."""
+
+
+def use(form: str, monkeypatch) -> None:
+    """Makes `evaluate` take this form."""
+    rows, splits = FORMS[form]
+    monkeypatch.setattr(evaluate, "SPLIT_ROWS", rows)
+    monkeypatch.setattr(triton_tiles, "_splits", lambda *_: splits)
 
 
 def compare(place: Place, plans: list[Plan], q, k, v, form: str, monkeypatch, near=None, **kw) -> None:
     """The kernels against the definition in float64 on the same inputs."""
-    monkeypatch.setattr(evaluate, "SPLIT_ROWS", FORMS[form])
+    use(form, monkeypatch)
     queries, keys = q.shape[2], k.shape[2]
     arguments = {
         "mask": None,
@@ -66,7 +74,7 @@ def tensors(place: Place, batch, heads, n_kv, queries, keys, size, dtype=torch.f
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", PLANS)
 def test_every_field_of_a_plan(place, monkeypatch, name, form):
-    batch, heads, keys = 2, 2 if form == "tiles" else 4, place(35, 1003)
+    batch, heads, keys = 2, 4 if form == "split" else 2, place(35, 1003)
     q, k, v = tensors(place, batch, heads, heads // 2, place(2 if form == "split" else 5, 77), keys, 16)
     plans = make(name, place, batch, heads, keys)
     near = near_threshold(plans, q, k, v, place) if name in ("redistribute", "gaze") else None
@@ -160,7 +168,7 @@ def test_sinks_softcap_and_no_causality(place, monkeypatch, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_statistics(place, monkeypatch, form):
-    monkeypatch.setattr(evaluate, "SPLIT_ROWS", FORMS[form])
+    use(form, monkeypatch)
     batch, heads, queries, keys = 1, 2, 3, 29
     q, k, v = tensors(place, batch, heads, 1, queries, keys, 16)
     for name in ("gaze", "rule"):
@@ -177,7 +185,7 @@ def test_statistics(place, monkeypatch, form):
 
 def test_inlined_rule_equals_its_definition(place, monkeypatch):
     """The same plan with the rule hidden behind a lambda takes the generic path."""
-    monkeypatch.setattr(evaluate, "SPLIT_ROWS", FORMS["split"])
+    use("split", monkeypatch)
     for name in ("redistribute", "gaze"):
         q, k, v = tensors(place, 1, 6, 2, 1, 41, 16)
         plan = make(name, place, 1, 6, 41)[0]
@@ -194,6 +202,15 @@ def test_long_prefill_runs_in_chunks(place, monkeypatch):
     queries = place(130, 300)
     q, k, v = tensors(place, 1, 1, 1, queries, queries, 16)
     compare(place, make("rule", place, 1, 1, queries), q, k, v, "tiles", monkeypatch, consecutive=True)
+
+
+def test_programs_take_blocks_one_after_another(place, monkeypatch):
+    """Fewer programs than blocks of rows, each with a scratch for the parts that wait for the rule."""
+    monkeypatch.setattr(triton_tiles, "multiprocessors", lambda _: 1)
+    queries = place(70, 700)
+    q, k, v = tensors(place, 2, 2, 1, queries, queries, 16)
+    plans = make("redistribute", place, 2, 2, queries)
+    compare(place, plans, q, k, v, "tiles", monkeypatch, near_threshold(plans, q, k, v, place), consecutive=True)
 
 
 def test_compiles_as_one_graph(place):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,3 +75,26 @@ def power_of_two(n: int, least: int = 1) -> int:
 def rows_contiguous(x: Tensor) -> Tensor:
     """The tensor with its last dimension contiguous, copied only if it is not."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function of tensors a custom operation where torch must see one, and leaves it a plain call elsewhere.
+
+    torch.compile and autograd get the operation `vlmfix::name`, the former to keep it in one graph, the latter to
+    refuse a backward pass. The dispatcher costs more host time than a small kernel takes, so eager inference goes
+    without it. The result's `register_fake` is the operation's.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        op = torch.library.custom_op(f"vlmfix::{name}", function, mutates_args=())
+
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling() or torch.is_grad_enabled():
+                return op(*args)
+            return function(*args)
+
+        call.register_fake = op.register_fake  # type: ignore[attr-defined]
+        return call
+
+    return decorate

@@ -10,18 +10,21 @@ from torch import Tensor
 
 from vlmfix.kernels.dispatch import rows_contiguous
 from vlmfix.kernels.grouped_attention import pack as packing
-from vlmfix.kernels.grouped_attention.pack import Digit, Packed
+from vlmfix.kernels.grouped_attention.pack import Packed
 from vlmfix.kernels.grouped_attention.triton import grouped_split
 from vlmfix.kernels.grouped_attention.triton_merge import grouped_masses, grouped_merge
 from vlmfix.kernels.grouped_attention.triton_tiles import grouped_tiles
 from vlmfix.kernels.rules import fused_form
 from vlmfix.plan import Plan
 
-SPLIT_ROWS = 256
-"""Most tile rows per key/value head that the split kernel takes; with more, the tile kernel fills the machine."""
+SPLIT_ROWS = 128
+"""Most tile rows per key/value head that the split kernel takes; with more, the tile kernel visits fewer keys."""
 
 WORKSPACE = 1 << 28
 """Most bytes of partial results at once; longer prefills run in chunks of rows."""
+
+NO_RULE: tuple[Any, ...] = (None, "", 0, 1, 1, False)
+"""As `_fused` returns it where no plan has a rule."""
 
 
 def evaluate(
@@ -76,18 +79,38 @@ def evaluate(
         acc, stat = grouped_split(q, k, v, mask, q_pos, k_pos, low, high, *tables)
         return finish(plans, packed, acc, stat, heads, q_pos, sinks, v.dtype)
 
-    direct = not any(plan.rule is not None or (plan.sink is not None and plan.statistics) for plan in plans)
+    counted = any(plan.sink is not None and plan.statistics for plan in plans)
+    direct = not counted and all(plan.rule is None for plan in plans)
+    rule = _fused(plans, packed)
+    inlined = rule if rule is not None and not counted and not rule[-1] else NO_RULE
+    whole = direct or (inlined is not NO_RULE and packed.key_weight is None)
     per_row = 4 * q.shape[0] * heads * kinds * v.shape[3]
-    chunk = queries if direct else max(128, WORKSPACE // per_row // 128 * 128)
+    chunk = queries if whole else max(128, WORKSPACE // per_row // 128 * 128)
     parts = []
     for at in range(0, queries, chunk):
         rows = slice(at, at + chunk)
         part_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
         part_low, part_high = (None if x is None else x[:, rows].contiguous() for x in (low, high))
         part = (q[:, :, rows], k, v, part_mask, q_pos[rows], k_pos, part_low, part_high)
-        acc, stat, out = grouped_tiles(*part, *tables, packed.head_scale, sinks, direct)
-        parts.append(out if direct else finish(plans, packed, acc, stat, heads, q_pos[rows], sinks, v.dtype))
+        acc, stat, out = grouped_tiles(*part, *tables, packed.signed, packed.head_scale, sinks, direct, *inlined[:-1])
+        if acc.numel():
+            out = finish(plans, packed, acc, stat, heads, q_pos[rows], sinks, v.dtype, direct)
+        parts.append(out)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _fused(plans: Sequence[Plan], packed: Packed) -> tuple[Any, ...] | None:
+    """Arguments, name, plan, radix and size of the only rule and whether it pools heads; None if it has no fused form.
+
+    `NO_RULE` if no plan has a rule.
+    """
+    ruled = [digit for digit in packed.digits if plans[digit.index].rule is not None]
+    if not ruled:
+        return NO_RULE
+    fused = fused_form(plans[ruled[0].index].rule) if len(ruled) == 1 else None
+    if fused is None:
+        return None
+    return fused.arguments, fused.name, ruled[0].index, ruled[0].radix, ruled[0].size, fused.pools_heads
 
 
 def finish(
@@ -99,24 +122,32 @@ def finish(
     q_pos: Tensor,
     sinks: Tensor | None,
     dtype: torch.dtype,
+    together: bool = False,
 ) -> Tensor:
-    """Output [B, H, Q, Dv] of partial results; the plans' sinks receive their statistics."""
-    weighted = packed.key_weight is not None
-    ruled = [digit for digit in packed.digits if plans[digit.index].rule is not None]
-    fused = fused_form(plans[ruled[0].index].rule) if len(ruled) == 1 else None
-    generic = len(ruled) > 0 and fused is None
+    """Output [B, H, Q, Dv] of partial results; the plans' sinks receive their statistics.
+
+    `together`: the parts are of all groups at once, which plans without rule and statistics allow.
+    """
+    weighted = packed.key_weight is not None and not together
+    n_groups = 1 if together else packed.n_groups
+    rule = _fused(plans, packed)
     factors = None
-    if generic or any(plan.sink is not None and plan.statistics for plan in plans):
-        masses, lse = grouped_masses(stat, sinks, q_pos, heads, packed.n_groups, weighted)
+    if rule is None or any(plan.sink is not None and plan.statistics for plan in plans):
+        masses, lse = grouped_masses(stat, sinks, q_pos, heads, n_groups, weighted)
         _report(plans, packed, masses, lse)
-        factors = _factors(plans, ruled, packed, masses, q_pos) if generic else None
-    if fused is None:
-        rule: tuple[Any, ...] = (None, "", 0, 1, 1, False)
-    else:
-        digit = ruled[0]
-        rule = (fused.arguments, fused.name, digit.index, digit.radix, digit.size, fused.pools_heads)
+        factors = _factors(plans, packed, masses, q_pos) if rule is None else None
     out: Tensor = grouped_merge(
-        acc, stat, factors, sinks, packed.head_scale, packed.active, q_pos, *rule, packed.n_groups, weighted, dtype
+        acc,
+        stat,
+        factors,
+        sinks,
+        packed.head_scale,
+        packed.active,
+        q_pos,
+        *(rule or NO_RULE),
+        n_groups,
+        weighted,
+        dtype,
     )
     return out
 
@@ -130,8 +161,9 @@ def _report(plans: Sequence[Plan], packed: Packed, masses: Tensor, lse: Tensor) 
             plan.sink("mass", packing.marginal(masses, digits[i], packed.n_groups, False))
 
 
-def _factors(plans: Sequence[Plan], ruled: Sequence[Digit], packed: Packed, masses: Tensor, q_pos: Tensor) -> Tensor:
+def _factors(plans: Sequence[Plan], packed: Packed, masses: Tensor, q_pos: Tensor) -> Tensor:
     """[B, H, Q, R] product of the plans' factors; the weighted kinds carry the weighted factor of their plan."""
+    ruled = [digit for digit in packed.digits if plans[digit.index].rule is not None]
     plain = torch.ones_like(masses[..., : packed.n_groups])
     weighted = plain if any(plans[digit.index].key_weight is not None for digit in ruled) else plain * 0
     for digit in ruled:

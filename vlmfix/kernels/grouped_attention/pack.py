@@ -46,6 +46,7 @@ class Packed:
         rolling: radix, size, group, nearest, farthest of the one rolling group.
         roll_start: [B] int64 first position of the rolling group.
         head_scale: [P, B, H] float32, None if no plan has any.
+        signed: whether some slope depends on the sign of the score.
     """
 
     groups: Tensor | None
@@ -59,6 +60,7 @@ class Packed:
     rolling: tuple[int, int, int, int, int]
     roll_start: Tensor | None
     head_scale: Tensor | None
+    signed: bool = True
 
     @property
     def kinds(self) -> int:
@@ -85,7 +87,7 @@ class Packed:
         Raises:
             ValueError: the other pack differs in more than values.
         """
-        if self.rolling != other.rolling or self.n_groups != other.n_groups:
+        if (self.rolling, self.n_groups, self.signed) != (other.rolling, other.n_groups, other.signed):
             raise ValueError("packs of different structure: capture a new graph")
         for mine, theirs in zip(self.tensors, other.tensors, strict=True):
             if (mine is None) != (theirs is None) or (
@@ -139,6 +141,7 @@ def pack(plans: Sequence[Plan], heads: int) -> Packed:
         else (1, 1, 0, 0, 0),
         roll_start=roll.start.long() if roll else None,
         head_scale=_head_scales(plans, batch, heads, device),
+        signed=any(plan.slope_neg is not None for plan in plans),
     )
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import INTERPRETED, launches, multiprocessors, power_of_two
+from vlmfix.kernels.dispatch import INTERPRETED, launches, multiprocessors, operation, power_of_two
 from vlmfix.kernels.grouped_attention.arguments import common
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -199,7 +199,7 @@ def _split(
     tl.store(Acc + line[:, None] * DV + dv[None, :], acc, mask=row_ok[:, None] & (dv < DV)[None, :])
 
 
-@torch.library.custom_op("vlmfix::grouped_split", mutates_args=())
+@operation("grouped_split")
 def grouped_split(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, low: Tensor | None,
     high: Tensor | None, groups: Tensor | None, active: Tensor, tables: Tensor | None, key_slope: Tensor | None,

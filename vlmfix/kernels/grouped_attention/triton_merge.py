@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import launches, power_of_two
+from vlmfix.kernels.dispatch import launches, operation, power_of_two
 from vlmfix.kernels.grouped_attention.triton import LOG2E
 from vlmfix.kernels.rules.triton import RULES
 
@@ -107,9 +107,43 @@ def _merge(
             ok = (split < splits) & (kind < R)
             where = own_at + split * rows + kind
             weight = tl.exp2(tl.load(Stat + where, mask=ok, other=float("-inf")) - peak_of_mine) * factor
+            ok = ok & (weight != 0)  # parts of no weight may never have been written
             acc = tl.load(Acc + where[:, None] * DV + d[None, :], mask=ok[:, None] & (d < DV)[None, :], other=0.0)
             out += tl.sum(weight[:, None] * acc, 0)
         tl.store(Out + b * out_b + h * out_h + iq * out_q + d, out * scale, mask=d < DV)
+
+
+@triton.jit
+def row_weights(
+    peak, amount, factor, kinds, iq, pos, b, h, Sinks, HeadScale, Active, Arguments, rule_plan, n_batch, n_heads,
+    G: tl.constexpr, R: tl.constexpr, RULE: tl.constexpr, RULED: tl.constexpr, RADIX: tl.constexpr, SIZE: tl.constexpr,
+    PB: tl.constexpr, N_ARGUMENTS: tl.constexpr, SINKS: tl.constexpr, HEAD_SCALE: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """For rows [QB] of one head with maxima and sums [QB, RB] of R kinds: the weight of each kind's unnormalised part.
+
+    Also the masses, the largest maximum and the sum below it. `factor` [QB, RB] holds unless the rule says otherwise.
+    """
+    top = tl.max(peak, 1)
+    if SINKS:
+        sink = tl.load(Sinks + h).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    share = tl.exp2(peak - top[:, None])
+    mass = share * amount
+    total = tl.sum(tl.where((kinds < G)[None, :], mass, 0.0), 1)
+    if SINKS:
+        total += tl.exp2(sink - top)
+    inverse = tl.where(total > 0, 1 / tl.where(total > 0, total, 1.0), 0.0)
+    mass *= inverse[:, None]
+    if RULED:
+        asked = ruled(mass, kinds, iq, Arguments + b * N_ARGUMENTS, RULE, G, R, RADIX, SIZE, PB)
+        factor = tl.where((pos >= tl.load(Active + rule_plan * n_batch + b))[:, None], asked, factor)
+    scale = inverse
+    if HEAD_SCALE:
+        for p in tl.static_range(P):
+            act = pos >= tl.load(Active + p * n_batch + b)
+            scale *= tl.where(act, tl.load(HeadScale + (p * n_batch + b) * n_heads + h), 1.0)
+    return share * factor * scale[:, None], mass, top, total
 
 
 @triton.jit
@@ -132,46 +166,29 @@ def _merge_rows(
     ok = row_ok[:, None] & (kinds < R)[None, :]
     peak = tl.load(Stat + at[:, None] + kinds[None, :], mask=ok, other=float("-inf"))
     amount = tl.load(Stat + plane + at[:, None] + kinds[None, :], mask=ok, other=0.0)
-    top = tl.max(peak, 1)
-    if SINKS:
-        sink = tl.load(Sinks + h).to(tl.float32) * LOG2E
-        top = tl.maximum(top, sink)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    share = tl.exp2(peak - top[:, None])
-    mass = share * amount
-    total = tl.sum(tl.where((kinds < G)[None, :], mass, 0.0), 1)
-    if SINKS:
-        total += tl.exp2(sink - top)
-    inverse = tl.where(total > 0, 1 / tl.where(total > 0, total, 1.0), 0.0)
-    mass *= inverse[:, None]
+    pos = tl.load(QPos + iq, mask=row_ok, other=0)
+    factor = tl.where((kinds < G)[None, :], 1.0, 0.0) + tl.zeros([QB, RB], tl.float32)
+    if FACTORS:
+        factor = tl.load(Factors + line[:, None] * R + kinds[None, :], mask=ok, other=0.0)
+    weight, mass, top, total = row_weights(
+        peak, amount, factor, kinds, iq, pos, b, h, Sinks, HeadScale, Active, Arguments, rule_plan, n_batch, n_heads, G,
+        R, RULE, RULED, RADIX, SIZE, PB, N_ARGUMENTS, SINKS, HEAD_SCALE, P,
+    )  # fmt: skip
     if MASSES:
         tl.store(Masses + line[:, None] * R + kinds[None, :], mass, mask=ok)
         lse = tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2E, float("-inf"))
         tl.store(Lse + line, lse, mask=row_ok)
     if OUT:
-        pos = tl.load(QPos + iq, mask=row_ok, other=0)
-        factor = tl.where((kinds < G)[None, :], 1.0, 0.0) + tl.zeros([QB, RB], tl.float32)
-        if FACTORS:
-            factor = tl.load(Factors + line[:, None] * R + kinds[None, :], mask=ok, other=0.0)
-        if RULED:
-            asked = ruled(mass, kinds, iq, Arguments + b * N_ARGUMENTS, RULE, G, R, RADIX, SIZE, PB)
-            factor = tl.where((pos >= tl.load(Active + rule_plan * n_batch + b))[:, None], asked, factor)
-        scale = inverse
-        if HEAD_SCALE:
-            for p in tl.static_range(P):
-                act = pos >= tl.load(Active + p * n_batch + b)
-                scale *= tl.where(act, tl.load(HeadScale + (p * n_batch + b) * n_heads + h), 1.0)
-        weight = share * factor * scale[:, None]
         d = tl.arange(0, DB)
         inside = row_ok[:, None] & (d < DV)[None, :]
         out = tl.zeros([QB, DB], tl.float32)
         for r in tl.static_range(R):
-            part = tl.load(Acc + (at + r)[:, None] * DV + d[None, :], mask=inside, other=0.0)
-            out += tl.sum(tl.where((kinds == r)[None, :], weight, 0.0), 1)[:, None] * part
+            own = tl.sum(tl.where((kinds == r)[None, :], weight, 0.0), 1)[:, None]
+            out += own * tl.load(Acc + (at + r)[:, None] * DV + d[None, :], mask=inside & (own != 0), other=0.0)
         tl.store(Out + b * out_b + h * out_h + iq[:, None] * out_q + d[None, :], out, mask=inside)
 
 
-@torch.library.custom_op("vlmfix::grouped_merge", mutates_args=())
+@operation("grouped_merge")
 def grouped_merge(
     acc: Tensor, stat: Tensor, factors: Tensor | None, sinks: Tensor | None, head_scale: Tensor | None, active: Tensor,
     q_pos: Tensor, arguments: Tensor | None, rule: str, rule_plan: int, radix: int, size: int, pooled: bool,
@@ -212,7 +229,7 @@ def _(acc, stat, factors, sinks, head_scale, active, q_pos, *rest):
     return _output(acc, q_pos, *rest[-3:])
 
 
-@torch.library.custom_op("vlmfix::grouped_masses", mutates_args=())
+@operation("grouped_masses")
 def grouped_masses(
     stat: Tensor, sinks: Tensor | None, q_pos: Tensor, heads: int, n_groups: int, weighted: bool
 ) -> tuple[Tensor, Tensor]:
