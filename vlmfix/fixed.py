@@ -6,11 +6,12 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from vlmfix import registry
+from vlmfix import registry, settling
 from vlmfix.applying import outside, own
 from vlmfix.attention import run
 from vlmfix.attention.observing import watched
@@ -197,24 +198,44 @@ class FixedVLM:
             raise UsageError(f"ids= names {len(names)} items, {len(questions)} were given")
         if (generation.get("num_return_sequences") or 1) > 1:
             raise UsageError("answer gives one answer for each question; for num_return_sequences call generate")
-        out: list[Answer | None] = [None] * len(questions)
+        settles = self.compiled.answer
+        settling.refuse_streams(settles, generation)
         pictures = self._redrawn(pictures, questions, system)
+        answering = partial(self._answered, system, seed, {**generation, "max_new_tokens": max_new_tokens})
+        if settles is None:
+            answers = answering(pictures, questions, names)
+        else:
+            answers, report = answering(pictures, questions, names), self.report
+            rows = [self._batcher.opened(entry) for entry in pictures]
+            answers = settling.settle(settles, answers, rows, questions, names, answering)
+            self.report = settling.summary(settles, answers, report)
+        final: list[Any] = answers if details else [a.text for a in answers]
+        return final[0] if single else final
+
+    def _answered(
+        self,
+        system: str | None,
+        seed: int | None,
+        generation: Mapping[str, Any],
+        pictures: Sequence[Any],
+        questions: Sequence[str],
+        names: Sequence[str],
+    ) -> list[Answer]:
+        """One answer for each question; pictures are redrawn already."""
+        out: list[Answer | None] = [None] * len(questions)
         for batch in self._batcher.batches(pictures, questions, system):
             started = time.perf_counter()
             inputs = self._shared(batch, generation)
             chosen = [names[i] for i in batch.items]
             first = FirstToken(*self._batcher.yes_and_no, len(chosen))
-            options = {**first.listening(generation), "max_new_tokens": max_new_tokens}
-            tokens = self._generate(seed, chosen, {**inputs, **options})
+            tokens = self._generate(seed, chosen, {**inputs, **first.listening(generation)})
             self._report_redrawn(len(batch.pictures))
             texts = self._batcher.decode(tokens, inputs)
             seconds = (time.perf_counter() - started) / len(batch.items)
             for row, (i, (text, count)) in enumerate(zip(batch.items, texts, strict=True)):
                 evidence = {"visual_tokens": self._tokens_of(row, inputs), **first.of(row)}
                 out[i] = Answer(text, count, seconds, self.report, evidence)
-        answers = [a for a in out if a is not None]
-        final: list[Any] = list(answers) if details else [a.text for a in answers]
-        return final[0] if single else final
+        return [a for a in out if a is not None]
 
     def _redrawn(self, pictures: list[Any], questions: list[str], system: str | None) -> list[Any]:
         """Pictures as the recipe's picture methods redraw them; items without pictures stay."""

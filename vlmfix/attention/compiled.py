@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from vlmfix.errors import Refusal
-from vlmfix.method import AttentionMethod, DecodingMethod, ModelFacts, PictureMethod
+from vlmfix.method import AnswerMethod, AttentionMethod, DecodingMethod, ModelFacts, PictureMethod
 from vlmfix.view import View
 
 
@@ -23,6 +23,7 @@ class Compiled:
         dropped: names of neutral methods that were left out.
         own: places of the attention methods that belong to the decoding method.
         pictures: methods that redraw pictures, in order, before the rest sees them.
+        answer: the method that settles whole answers, if any.
     """
 
     attention: tuple[AttentionMethod, ...]
@@ -32,6 +33,7 @@ class Compiled:
     dropped: tuple[str, ...] = ()
     own: tuple[int, ...] = ()
     pictures: tuple[PictureMethod, ...] = ()
+    answer: AnswerMethod | None = None
 
     @property
     def plain(self) -> bool:

@@ -119,9 +119,14 @@ class Layers:
             for layer, on in self._heads.items()
         }
 
+    @property
+    def _changes(self) -> tuple[dict[int, Any], ...]:
+        """What is asked of layers where anything is."""
+        return tuple({layer: on for layer, on in asked.items() if on} for asked in (self._plans, self._heads))
+
     def overwrite(self, other: Layers) -> bool:
         """Takes over settled plans at the addresses of these; False where they differ in more than values."""
-        if not overwrite((self._plans, self._heads), (other._plans, other._heads)):
+        if not overwrite(self._changes, other._changes):
             return False
         for layer, plans in self._plans.items():
             renew(plans, self.compiled.facts.heads[layer])

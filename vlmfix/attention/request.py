@@ -92,6 +92,7 @@ class Request:
         self._text_rows = isinstance(counterfactual, TextRows)
         self.tail: Tail | None = None
         self.frame: Frame | None = None
+        self._last: Tensor | None = None
         self.reader: Reader | None = None
         self._read: Tensor | None = None
         self._split = SplitPrefill(parts, self.cache) if self.layers.splits else None
@@ -119,6 +120,8 @@ class Request:
         elif run is not None:
             uncached = cache is None or cache.get_seq_length() == 0
             kwargs = run.again(kwargs) if uncached else run.following(kwargs)
+        if self.steps == 0 and isinstance(kwargs.get("position_ids"), Tensor):
+            self._last = kwargs["position_ids"][..., -1:]
         if self._packed is not None and self.steps == 0:
             kwargs = self._packed.before(kwargs, branches=run is not None)
             self.tail = self._packed.tail
@@ -225,17 +228,18 @@ class Request:
         cache.copies, cache.state = self.copies, self
         return cache
 
-    def standing(self, valid: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def standing(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Where the rows of this request stand after the prefill, branch rows included.
 
         Args:
             valid: [B, K] bool, the caller's prompt.
-            positions: [..., B, 1] last position ids of the caller's rows.
 
         Returns:
             [rows, K] bool slots of the cache that are no padding, and [..., rows, 1] last position ids.
         """
-        return (valid, positions) if self._branches is None else self._branches.standing()
+        if self._branches is not None:
+            return self._branches.standing()
+        return valid, valid.long().sum(1, keepdim=True) - 1 if self._last is None else self._last
 
     def settle(self, capacity: int) -> None:
         """Ends the prefill for good: plans for a cache of `capacity` slots, inputs let go."""

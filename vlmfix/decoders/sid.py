@@ -57,7 +57,7 @@ class LeastAttended(AttentionMethod):
         if hidden is None:
             return None
         bias = torch.zeros(1, 1, 2, device=hidden.device)
-        bias[..., UNSEEN] = float("-inf")
+        bias.select(-1, UNSEEN).fill_(float("-inf"))
         start = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
         return Plan(hidden.to(torch.uint8), 2, active_from=start, bias=bias)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -15,8 +16,9 @@ from vlmfix.attention.request import Request
 from vlmfix.engine.sessions import Session
 from vlmfix.errors import UsageError
 from vlmfix.hf import hooks, slots, stepping
+from vlmfix.hf.families import FAMILIES
 from vlmfix.hf.parts import Parts
-from vlmfix.hf.searching import layer_kinds
+from vlmfix.hf.searching import FULL, SLIDING, layer_kinds
 from vlmfix.hf.settings import effective
 from vlmfix.hf.stepping import Choice, Prefilled, Task
 
@@ -53,6 +55,8 @@ class Engine:
             raise UsageError(f"engine={kind!r}: give {', '.join(map(repr, ENGINES))}")
         self.kind = kind
         self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
+        self._unfit = ""
+        self._lock = threading.Lock()
         self.report: dict[str, Any] = {}
 
     def close(self) -> None:
@@ -85,7 +89,7 @@ class Engine:
         if not self.wanted(parts):
             self.report = {"name": "hf"}
             return run(generate)
-        reason = why_not(parts, compiled, kwargs, watched, self.kind == "auto")
+        reason = self._unfit or why_not(parts, compiled, kwargs, watched, self.kind == "auto")
         if not reason:
             try:
                 return run(lambda **given: stepping.call(generate, lambda task: self._loop(parts, task), given))
@@ -98,14 +102,22 @@ class Engine:
     def _loop(self, parts: Parts, task: Task) -> Any:
         request: Any = hooks.REQUEST.get()
         prefilled, choice = task.prefill(), Choice(task)
-        reason = slots.why_not(prefilled.cache, parts.depth, layer_kinds(parts.text_config))
-        valid, _ = request.standing(prefilled.valid, prefilled.positions)
+        reason = self._unfit = slots.why_not(prefilled.cache, parts.depth)
+        valid, _ = request.standing(prefilled.valid)
         if not reason and not bool((valid == (valid.long().cumsum(1) > 0)).all()):
             reason = "the prompt has padding behind its first token"
         if reason:
             raise Unfit(reason)
         token, processed = choice.first(prefilled.logits)
-        session = self._session(parts, request, task, prefilled, valid.shape[1] + task.room)
+        with self._lock:  # a session holds one generation at a time
+            return self._decode(parts, request, task, prefilled, token, processed)
+
+    def _decode(
+        self, parts: Parts, request: Request, task: Task, prefilled: Prefilled, token: Tensor, processed: Tensor
+    ) -> Any:
+        valid, positions = request.standing(prefilled.valid)
+        capacity = -(-(valid.shape[1] + task.room) // BUCKET) * BUCKET
+        session = self._session(parts, request, task, prefilled, positions.shape, capacity)
         session.start(request, task, prefilled, token)
         output = Output(task, session)
         output.note(prefilled.logits, processed)
@@ -124,12 +136,12 @@ class Engine:
             self.report["reason"] = session.reason
         return output.result()
 
-    def _session(self, parts: Parts, request: Request, task: Task, prefilled: Prefilled, length: int) -> Session:
+    def _session(
+        self, parts: Parts, request: Request, task: Task, prefilled: Prefilled, shape: torch.Size, capacity: int
+    ) -> Session:
         """A session that fits, captured before or new."""
         choice = Choice(task)
-        capacity = -(-length // BUCKET) * BUCKET
         ends = None if task.ends is None else tuple(task.ends.tolist())
-        shape = tuple(prefilled.positions.shape)
         key = (len(prefilled.valid), shape, request.copies, capacity, ends, task.fill, choice.key)
         session = self._sessions.get(key)
         self.report = {"name": "graph", "reused": session is not None}
@@ -214,6 +226,12 @@ def why_not(parts: Parts, compiled: Compiled, kwargs: dict[str, Any], watched: b
     def asked(name: str) -> Any:
         return effective(name, kwargs, config)
 
+    family = FAMILIES.get(parts.family)
+    if family is not None and family.replay:
+        return f"{parts.family}: {family.replay}"
+    others = sorted(set(layer_kinds(parts.text_config)) - {FULL, SLIDING})
+    if others:
+        return f"{parts.family} has layers of kind {', '.join(others)}"
     decoding = compiled.decoding
     if decoding is not None and decoding.search() is not None:
         return f"{registry.name_of(decoding)} searches over beams"

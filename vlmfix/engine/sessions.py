@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,14 +32,15 @@ class Session:
     """
 
     def __init__(self, parts: Parts, request: Request, task: Task, prefilled: Prefilled, capacity: int) -> None:
-        valid, positions = request.standing(prefilled.valid, prefilled.positions)
+        valid, positions = request.standing(prefilled.valid)
         device = valid.device
         self.parts, self.request = parts, request
         self.choice = Choice(task)
         self.capacity = capacity
         self.capture_seconds = 0.0
         self.reason = ""
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.captured = False
+        self._replay: Callable[[], None] | None = None
         self._copies = request.copies
         self._ends, self._fill = task.ends, task.fill
         visible, count = len(prefilled.valid), self.choice.uniforms(capacity)
@@ -70,7 +71,7 @@ class Session:
 
     def start(self, request: Request, task: Task, prefilled: Prefilled, token: Tensor) -> None:
         """Puts a read prompt and its first token in place."""
-        valid, positions = request.standing(prefilled.valid, prefilled.positions)
+        valid, positions = request.standing(prefilled.valid)
         frame, length = self.frame, valid.shape[1]
         frame.cache.fill(prefilled.cache, length)
         frame.slot.fill_(length)
@@ -115,14 +116,9 @@ class Session:
 
     def step(self) -> None:
         """Feeds the last token; leaves `scores` and, where the choice is pure, writes the next one."""
-        if self._graph is not None:
-            self._graph.replay()
-            return
-        if not self.reason and self._tokens.is_cuda:
-            self._capture()
-            self.step()
-            return
-        self._advance()
+        if self._replay is None:
+            self._replay = self._captured()
+        self._replay()
 
     def _advance(self) -> None:
         frame = self.frame
@@ -145,31 +141,55 @@ class Session:
         frame.number += 1
         self._positions += 1
 
-    def _capture(self) -> None:
+    def _captured(self) -> Callable[[], None]:
+        """The step as one replayable graph where that is possible; itself otherwise."""
+        recorder = RECORDERS.get(self._tokens.device.type)
+        if recorder is None:
+            return self._advance
         started = time.perf_counter()
-        clock = [self.frame.slot, self.frame.number, self._positions, self._cursor, self._lived]
-        clock += [self._tokens, self._done]
+        frame = self.frame
+        clock = [frame.slot, frame.number, self._positions, self._cursor, self._lived, self._tokens, self._done]
         before = [t.clone() for t in clock]
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(side):
-                self._advance()
-            torch.cuda.current_stream().wait_stream(side)
-            for tensor, value in zip(clock, before, strict=True):
-                tensor.copy_(value)
-            with torch.cuda.graph(graph):
-                self._advance()
-            self._graph = graph
+            replay = recorder(self._advance, lambda: _restore(clock, before))
+            self.captured = True
         except Exception as error:
-            torch.cuda.synchronize()
-            for tensor, value in zip(clock, before, strict=True):
-                tensor.copy_(value)
-            self.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            _LOG.warning("this step cannot be captured in a CUDA graph and runs without one: %s", self.reason)
+            _restore(clock, before)
+            self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            _LOG.warning("this step cannot be captured in a graph and runs without one: %s", self.reason)
+            replay = self._advance
         self.capture_seconds = time.perf_counter() - started
+        return replay
 
-    @property
-    def captured(self) -> bool:
-        """Whether the step is a graph."""
-        return self._graph is not None
+
+def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
+    """Records a step in a CUDA graph.
+
+    Args:
+        step: what is recorded; it runs once before, so that kernels are built and libraries ready.
+        restore: undoes what that run changed.
+
+    Returns:
+        What runs the recorded step.
+    """
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        restore()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+    finally:
+        torch.cuda.synchronize()
+    return graph.replay
+
+
+RECORDERS: dict[str, Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]] = {"cuda": cuda_graph}
+"""Kind of device -> what records a step on it; elsewhere steps run as they are."""
+
+
+def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)

@@ -24,6 +24,7 @@ class Family:
         processor: without torchvision the processor loads `plain`, as `image-only`, or needs `torchvision`; `unknown`
             if not tried.
         min_transformers: the oldest release in which the family works.
+        replay: why a decoding step cannot be captured and replayed; empty where nothing speaks against it.
         notes: known limits; empty if none.
     """
 
@@ -37,6 +38,7 @@ class Family:
     status: str = "tested"
     processor: str = "plain"
     min_transformers: str = "5.17"
+    replay: str = ""
     notes: str = ""
 
     @property
@@ -198,6 +200,7 @@ _TESTED = (
         "1 placeholder; keys of the cross layers: pictures x 4 tiles x (patches + 1)",
         visual="cross-attention",
         branches="no: cross-attention ties every row to a picture",
+        replay="its layers of cross-attention keep the keys of pictures in another form",
         notes="rows of one batch must have the same number of pictures: tokens before the first picture look at "
         "padding; a static cache fails in 5.17",
     ),
@@ -208,6 +211,7 @@ _TESTED = (
         "latent_query_num",
         visual="position-mask",
         branches="no: its own generate neither passes keywords on nor pads rows equally",
+        replay="its decoder takes no ready-made mask",
         notes="exactly one picture per row; left-padded rows differ in transformers itself, so the rows of a batch "
         "must have one length; a static cache fails",
     ),

@@ -171,17 +171,13 @@ MARK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 """A ready-made mask, so that models build none; attention over slots does not read it."""
 
 
-def why_not(cache: Any, depth: int, kinds: Sequence[str]) -> str:
+def why_not(cache: Any, depth: int) -> str:
     """Why a growing cache cannot become one of fixed size; empty where it can.
 
     Args:
         cache: after a prefill.
         depth: L.
-        kinds: kinds of layers, in the words of transformers' configurations.
     """
-    others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if others:
-        return f"layers of kind {', '.join(others)}"
     if len(cache.layers) != depth or any(not isinstance(getattr(x, "keys", None), Tensor) for x in cache.layers):
-        return "layers that keep no keys of their own"
+        return "some layers keep no keys of their own"
     return ""

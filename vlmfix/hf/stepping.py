@@ -34,13 +34,11 @@ class Prefilled:
         logits: [B, V] raw logits of the last position, after the decoding method.
         cache: a growing cache of all rows.
         valid: [B, K] bool, slots of the caller's rows that are no padding.
-        positions: [..., B, 1] last position ids of the caller's rows.
     """
 
     logits: Tensor
     cache: Any
     valid: Tensor
-    positions: Tensor
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,7 @@ class Task:
         mask = self.kwargs.get("attention_mask")
         length = cache.get_seq_length()
         valid = torch.ones(rows, length, device=logits.device) if mask is None else mask
-        positions = self.kwargs.get("position_ids")
-        last = valid.long().sum(1, keepdim=True) - 1 if positions is None else positions[..., -1:]
-        return Prefilled(logits, cache, valid.bool(), last)
+        return Prefilled(logits, cache, valid.bool())
 
     @property
     def room(self) -> int:
