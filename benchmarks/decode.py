@@ -1,7 +1,7 @@
 """Prefill and decoding times of methods beside plain generate, ratios taken in one run.
 
-    python benchmarks/decode.py --shape llava-7b --out results.json       # one GPU
-    python benchmarks/decode.py --shape cpu --out results.json            # 8 layers, hidden 512
+    python -m benchmarks.decode --shape llava-7b --out results.json       # one GPU
+    python -m benchmarks.decode --shape cpu --out results.json            # 8 layers, hidden 512
 
 Random weights: only time and memory are measured. ms/token = (t(new) - t(1)) / (new - 1), prefill = t(1), the best of
 `--repeats`; plain generate is timed before and after the methods, and ratios are to the better of the two.
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import SHAPES, build, prompt, weight_bytes
-from timing import about, clock, copy_rate, two_forwards
 
 import vlmfix
+from benchmarks.shapes import SHAPES, build, prompt, weight_bytes
+from benchmarks.timing import about, clock, copy_rate, two_forwards
 
 METHODS = (
     "var(sink_dims=[7,9],tau=1.0)",

@@ -1,6 +1,6 @@
 """Questions per second of short answers: batch 1, a large batch, and a large batch with the picture's prefix shared.
 
-    python benchmarks/throughput.py --shape llava-7b --out results.json
+    python -m benchmarks.throughput --shape llava-7b --out results.json
 
 POPE-style: six questions about each picture, one generated token. Random weights: only rates are measured.
 """
@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import transformers
-from shapes import IMAGE, SHAPES, build
 
 import vlmfix
+from benchmarks.shapes import IMAGE, SHAPES, build
 from vlmfix.hf.sharing import share
 
 QUESTIONS = 6

@@ -49,7 +49,7 @@ def about(device: str) -> dict[str, Any]:
     on_gpu = device.startswith("cuda")
     versions = {module.__name__: module.__version__ for module in (torch, transformers, vlmfix)}
     return {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "versions": versions,

@@ -1,0 +1,1 @@
+"""Benchmarks of speed, run from a checkout: `python -m benchmarks.engine`."""

@@ -1,0 +1,334 @@
+"""Decoding under both engines beside transformers' own ways, on one device, random weights.
+
+    python -m benchmarks.engine --shape llava-7b --answers 1 10 --seconds 500 --out engine.json     # one GPU
+    python -m benchmarks.engine --shape llava-7b --have engine.json --seconds 500 --out engine.json # goes on from there
+    python -m benchmarks.engine --shape cpu --out engine.json                                       # engine hf, CPU
+
+Rows come in an order in which what matters most is first, and the file is written after each; a row that fails is
+recorded with its message. Only time and memory are measured. Every call sees other pictures.
+
+ms_per_token: (t(long) - t(short)) / (long - short), the best of `--repeats` each. prefill_ms: t(short) less its tokens.
+peak_gib: the most memory allocated, capture included. of_plain, of_sdpa, of_static, of_two_forwards: multiples of the
+plain row of the same cell and engine (of transformers' 5 beams for opera), of transformers' sdpa, of its compiled
+static cache, of two sequential forwards. of_floor: of the time that reading the weights takes at the copy bandwidth
+measured in the same run; of_bytes: with the keys and values of all rows; of_plain_and_bytes: of_plain over what it
+would be if time were proportional to those bytes. Seconds to the first answers (100 tokens each, batch 1) count from
+before the model is wrapped, with capture and compilation, in a process whose compilation caches start out empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vlmfix
+from benchmarks.engine_cases import BASELINES, COLUMNS, STATIC, TWO, Case, derive, left_out, order, prompts_of
+from benchmarks.shapes import SHAPES, build, prompt, token_bytes, weight_bytes
+from benchmarks.timing import about, clock, copy_rate, two_forwards, wait
+
+ANSWER = 100
+"""Tokens of an answer."""
+SLOW = 20.0
+"""A row whose first call takes this many seconds is timed once only."""
+
+Run = Callable[[int, dict[str, Any]], Any]
+
+
+@dataclasses.dataclass
+class Bench:
+    """The model and what is measured on it.
+
+    Args:
+        name: of the shape.
+        options: of the command line.
+    """
+
+    name: str
+    options: argparse.Namespace
+
+    def __post_init__(self) -> None:
+        on_gpu = torch.cuda.is_available() and self.name != "cpu"
+        self.device = "cuda" if on_gpu else "cpu"
+        self.rate = copy_rate(self.device)
+        self.model = build(self.name, self.device)
+        self.forget()
+        self._cell: tuple[int, int] | None = None
+        self.resident = torch.cuda.memory_allocated() if on_gpu else 0
+
+    @property
+    def gpu(self) -> bool:
+        """Whether there is one."""
+        return self.device == "cuda"
+
+    def forget(self) -> None:
+        """Frees what a row left behind."""
+        gc.collect()
+        if self.gpu:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def opened(self, case: Case) -> Iterator[tuple[Run, Callable[[], dict[str, Any]]]]:
+        """A way to generate, and the report of what ran; the model is restored behind it."""
+        if case.name == TWO:
+            yield lambda new, inputs: two_forwards(self.model, new, inputs), dict
+        elif case.name in BASELINES:
+            attention, settings = BASELINES[case.name]
+            self.model.set_attn_implementation(attention)
+            try:
+                yield (lambda new, x: self.model.generate(**x, max_new_tokens=new, do_sample=False, **settings)), dict
+            finally:
+                self.model.set_attn_implementation("sdpa")
+                if case.name == STATIC:
+                    self._forget_compiled()
+        else:
+            engine, _, compiled = case.engine.partition("+")
+            vlm = vlmfix.wrap(self.model, None, case.recipe, engine=engine, **({"compile": True} if compiled else {}))
+            try:
+                yield lambda new, inputs: vlm.generate(**inputs, max_new_tokens=new), lambda: vlm.report
+            finally:
+                vlm.close()
+                if compiled:
+                    self._forget_compiled()
+
+    def _forget_compiled(self) -> None:
+        for name in ("_cache", "_previous_max_cache_length", "_compiled_call", "_last_compile_config"):
+            self.model.__dict__.pop(name, None)
+        torch.compiler.reset()
+
+    def row(self, case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Measures a row, and seconds to first answers where they are asked for."""
+        given = itertools.cycle(self._inputs(case.batch, case.prompt))
+        before = 0
+        if self.gpu:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        answers: dict[str, Any] = {}
+        begun = time.perf_counter()
+        with self.opened(case) as (generate, report):
+            ran = lambda new: generate(new, next(given))  # noqa: E731
+            if self._answers(case):
+                answers = self._first_answers(ran, report, begun)
+            found = self._times(case, ran, report)
+        if self.gpu and "ms_per_token" in found:
+            found["peak_gib"] = (self.resident + torch.cuda.max_memory_allocated() - before) / 2**30
+        return found, answers
+
+    def _inputs(self, batch: int, length: int) -> list[dict[str, Any]]:
+        """Batches that differ in their pictures; those of the last cell are kept."""
+        if self._cell != (batch, length):
+            self._given = [prompt(self.name, batch, length, self.device, seed) for seed in (1, 2, 3)]
+            self._cell = batch, length
+        return self._given
+
+    def _answers(self, case: Case) -> bool:
+        usual = SHAPES[self.name].prompts[0], SHAPES[self.name].batches[0]
+        plain = case.plain or case.name == STATIC or (case.name == "greedy" and case.engine == "graph+compile")
+        asked = bool(self.options.answers) and (case.prompt, case.batch) == usual and not case.again
+        return asked and plain and case.engine != "hf"
+
+    def _first_answers(self, generate: Callable[[int], Any], report: Any, begun: float) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for number in range(1, max(self.options.answers) + 1):
+            generate(self.options.answer_tokens)
+            wait(self.device)
+            spent = time.perf_counter() - begun
+            if number in self.options.answers:
+                out[str(number)] = spent
+            if number == 1:
+                out["capture_seconds"] = engine_of(report()).get("capture_seconds")
+            if spent > self.options.answer_seconds and number < max(self.options.answers):
+                return {**out, "note": f"{number} answers in {spent:.0f} s, then stopped"}
+        return out
+
+    def _times(self, case: Case, generate: Callable[[int], Any], report: Any) -> dict[str, Any]:
+        short, long = self.options.new
+        first = clock(lambda: generate(long), self.device)
+        used = engine_of(report())
+        found: dict[str, Any] = {"first_call_s": first}
+        wanted = case.engine.partition("+")[0]
+        if wanted == "graph" and used.get("name") != "graph":
+            return {"note": f"ran in engine {used.get('name', 'hf')}: {used.get('reason', 'no reason given')}"}
+        if wanted == "graph":
+            found["capture_seconds"] = used.get("capture_seconds")
+            if not used.get("captured"):
+                found["note"] = f"steps were not captured: {used.get('reason', self.device)}"
+        if case.name.startswith("opera"):
+            found["returns"] = report()["methods"]["opera"].get("returns")
+        short_times, long_times, anew = [], [], 0
+        for _ in range(1 if first > SLOW else self.options.repeats):
+            for new, times in ((short, short_times), (long, long_times)):
+                times.append(clock(lambda new=new: generate(new), self.device))
+                anew += engine_of(report()).get("reused") is False
+        if anew:
+            found["note"] = f"{anew} of {2 * len(long_times)} timed calls set a step up anew"
+        token = (min(long_times) - min(short_times)) / (long - short)
+        return found | {
+            "prefill_ms": 1e3 * (min(short_times) - (short - 1) * token),
+            "ms_per_token": 1e3 * token,
+            "spread_ms": 1e3 * (max(long_times) - min(long_times)) / (long - short),
+            "repeats": len(long_times),
+        }
+
+
+def engine_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of the engine."""
+    return dict(report.get("engine") or {})
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the block once it took so long."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def chosen(options: argparse.Namespace, have: dict[str, Any], gpu: bool) -> list[Case]:
+    """The rows to measure: those asked for and not there yet, and the plain rows that they compare with."""
+
+    def key(row: dict[str, Any]) -> tuple[int, int, str]:
+        return row["prompt"], row["batch"], row["row"]
+
+    done = {key(row) for row in have.get("rows", ()) if "error" not in row}
+    asked = [
+        case
+        for case in order(SHAPES[options.shape], options.engines or (("graph", "hf") if gpu else ("hf",)), gpu)
+        if (not options.prompt or case.prompt in options.prompt)
+        and (not options.batch or case.batch in options.batch)
+        and (re.search(options.rows, case.row) or case.plain)
+    ]
+    left = [case for case in asked if (case.prompt, case.batch, case.row) not in done]
+    cells = {(case.prompt, case.batch) for case in left if not case.plain}
+    return [case for case in asked if case in left or (case.plain and (case.prompt, case.batch) in cells)]
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="cpu")
+    parser.add_argument("--prompt", type=int, nargs="+", help="only these lengths")
+    parser.add_argument("--batch", type=int, nargs="+", help="only these sizes")
+    parser.add_argument("--rows", default="", help="only rows that this expression finds, and plain ones")
+    parser.add_argument("--engines", nargs="+", choices=["graph", "hf"], help="both on a GPU, hf elsewhere, by default")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further row after this time")
+    parser.add_argument("--row-seconds", type=float, default=150, help="give a row up after this time")
+    parser.add_argument("--new", type=int, nargs=2, default=[4, 32], help="tokens of a short and a long generation")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--answers", type=int, nargs="+", default=[], help="seconds to these numbers of answers")
+    parser.add_argument("--answer-seconds", type=float, default=40, help="time for the answers of a row")
+    parser.add_argument("--answer-tokens", type=int, default=ANSWER)
+    parser.add_argument("--have", type=Path, help="results to go on from")
+    parser.add_argument("--list", action="store_true", help="show the rows in their order and stop")
+    parser.add_argument("--out", type=Path, default=Path("engine.json"))
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> int:
+    """Measures and writes; 1 if a row failed, 2 if the device was lost."""
+    begun, options = time.perf_counter(), arguments(given)
+    have = json.loads(options.have.read_text()) if options.have and options.have.exists() else {}
+    if have and have["shape"] != options.shape:
+        raise SystemExit(f"{options.have} holds the shape {have['shape']}, not {options.shape}; choose another --have")
+    if options.list:
+        rows = chosen(options, have, torch.cuda.is_available() or options.shape != "cpu")
+        sys.stdout.write("".join(f"{case.prompt:5d} {case.batch:3d} {case.row}\n" for case in rows))
+        return 0
+    if options.answers:
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            os.environ[name] = tempfile.mkdtemp()
+    bench = Bench(options.shape, options)
+    run = {
+        **about(bench.device),
+        "copy_bytes_per_second": bench.rate,
+        "weight_bytes": weight_bytes(bench.model),
+        "model_gib": bench.resident / 2**30,
+        "usual_prompt": SHAPES[options.shape].prompts[0],
+        "start_seconds": time.perf_counter() - begun,
+    }
+    run["weight_read_floor_ms"] = 1e3 * run["weight_bytes"] / run["copy_bytes_per_second"]
+    report: dict[str, Any] = {
+        "shape": options.shape,
+        "columns": list(COLUMNS),
+        "rows": have.get("rows", []),
+        "answers": have.get("answers", []),
+        "left_out": left_out(),
+        "runs": [*have.get("runs", []), run],
+    }
+    for case in (todo := chosen(options, have, bench.gpu)):
+        if time.perf_counter() - begun > options.seconds:
+            break
+        todo = todo[1:]
+        ok = measured(bench, case, report)
+        report["not_run"] = [dataclasses.asdict(other) | {"row": other.row} for other in todo]
+        derive(report)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        if not ok:
+            return 2
+    return int(any("error" in row for row in report["rows"]))
+
+
+def measured(bench: Bench, case: Case, report: dict[str, Any]) -> bool:
+    """Adds a row to the report; whether the device still answers."""
+    lengths, new = prompts_of(case, SHAPES[bench.name].visual), sum(bench.options.new) / 2
+    row: dict[str, Any] = {
+        "row": case.row,
+        "method": case.name,
+        "engine": case.engine,
+        "prompt": case.prompt,
+        "batch": case.batch,
+        "run": len(report["runs"]) - 1,
+        "device": report["runs"][-1]["device"],
+        "branches": len(lengths) - 1,
+        "key_bytes": case.batch * sum(length + new / 2 for length in lengths) * token_bytes(bench.name),
+    }
+    begun, alive = time.perf_counter(), True
+    try:
+        with at_most(bench.options.row_seconds):
+            found, answers = bench.row(case)
+        row |= found
+        if answers:
+            report["answers"].append({"row": case.row, "run": row["run"], **answers})
+    except vlmfix.Refusal as refusal:
+        row["note"] = f"refused: {refusal}"
+    except Exception as error:  # whatever one row dies of, the others are still worth having
+        row["error"] = row["note"] = f"{type(error).__name__}: {error}"[:600]
+    try:
+        bench.forget()
+    except RuntimeError as error:
+        row["error"], alive = f"the device was lost: {error}"[:600], False
+    row["seconds"] = time.perf_counter() - begun
+    same = ("prompt", "batch", "row")
+    if "error" in row or "ms_per_token" not in row or not case.plain:
+        report["rows"] = [r for r in report["rows"] if any(r[key] != row[key] for key in same)]
+    report["rows"].append(row)
+    shown = row.get("note") or f"{row['ms_per_token']:8.2f} ms/token {row['prefill_ms']:8.1f} ms prefill"
+    sys.stderr.write(f"{case.prompt:5d} {case.batch:3d} {case.row:44s} {shown[:160]}  ({row['seconds']:.1f} s)\n")
+    return alive
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Rows of the engines' benchmark: what is measured, in which order, against which bounds, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.shapes import Shape
+from vlmfix import registry
+from vlmfix.method import DecodingMethod
+from vlmfix.recipe import Recipe
+
+SDPA, EAGER = "transformers sdpa", "transformers eager"
+WEIGHTS, STATIC = "transformers eager, attention weights", "transformers static cache, compiled"
+BEAMS, TWO = "transformers 5 beams", "two sequential forwards"
+BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
+    SDPA: ("sdpa", {}),
+    EAGER: ("eager", {}),
+    WEIGHTS: ("eager", {"output_attentions": True, "return_dict_in_generate": True}),
+    STATIC: ("sdpa", {"cache_implementation": "static"}),
+    BEAMS: ("sdpa", {"num_beams": 5}),
+}
+"""Row -> attention function and keywords of transformers' own generate."""
+
+AGAIN = ", again"
+"""Behind the name of a plain row that is measured a second time: the better one counts."""
+
+GOING_BACK = "opera, going back"
+SETTINGS = {
+    "var": "var(sink_dims=[7,9],tau=1.0)",
+    "locore": "locore(window=8)",
+    "icd": "icd(disturbance_ids=[5,6,7])",
+    "iava": "iava(instruction_ids=[5,6,7])",
+    "agla": "agla(colours=((0.5,0.5,0.5),(0.5,0.5,0.5)))",
+    "opera": "opera(threshold=None)",
+    GOING_BACK: "opera",
+}
+"""What random weights need said: there is no tokenizer, and no sink dimension stands out."""
+
+FIRST = ("var", "vcd", "pai", "gift")
+LAST = ("sgrs", "opera")
+LONG = ("greedy", "var", "vcd")
+"""Methods whose rows come first, last, and at long prompts."""
+
+COLUMNS = (
+    *("row", "run", "prompt", "batch", "ms_per_token", "prefill_ms", "peak_gib", "of_plain", "of_sdpa", "of_static"),
+    *("of_floor", "of_bytes", "memory_of_sdpa", "capture_seconds", "note", "targets"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Args:
+        prompt: tokens.
+        batch: size.
+        name: method, or one of `BASELINES` and `TWO`.
+        engine: transformers, hf, graph, or graph+compile.
+        again: the second measurement of a plain row.
+    """
+
+    prompt: int
+    batch: int
+    name: str
+    engine: str = "transformers"
+    again: bool = False
+
+    @property
+    def row(self) -> str:
+        """Its name in results."""
+        own = self.name if self.engine == "transformers" else f"{self.engine} {self.name}"
+        return own + AGAIN * self.again
+
+    @property
+    def recipe(self) -> str:
+        """The method with its settings."""
+        return SETTINGS.get(self.name, self.name)
+
+    @property
+    def plain(self) -> bool:
+        """Whether others are compared with it."""
+        return self.name in (SDPA, "greedy") and self.engine != "graph+compile"
+
+
+def left_out() -> list[dict[str, str]]:
+    """Methods without a row, and why."""
+    why = "redraws pictures before the model sees them; its decoding is plain"
+    return [{"row": row.name, "why": why} for row in registry.ROWS if row.kind == "view"]
+
+
+def order(shape: Shape, engines: Sequence[str], gpu: bool) -> list[Case]:
+    """All rows, what matters most first: a run that the clock stops is still a result.
+
+    Args:
+        shape: the model.
+        engines: hf, graph.
+        gpu: whether transformers compiles and steps can be compiled before they are captured.
+    """
+    usual, *longer = shape.prompts
+    one, *larger = shape.batches
+    found = [row for row in registry.ROWS if row.kind not in ("plain", "view")]
+    rest = [r.name for kind in ("attention", "decoding") for r in found if r.kind == kind and r.name not in FIRST]
+    rest = [name for name in rest if name not in LAST]
+
+    def ours(prompt: int, batch: int, names: Iterable[str], again: bool = False) -> Iterator[Case]:
+        return (Case(prompt, batch, name, engine, again) for name in names for engine in engines)
+
+    def others(prompt: int, batch: int, *names: str) -> Iterator[Case]:
+        return (Case(prompt, batch, name) for name in names)
+
+    def compiled(names: Iterable[str]) -> Iterator[Case]:
+        return (Case(usual, one, name, "graph+compile") for name in names if gpu and "graph" in engines)
+
+    def main(prompt: int, batch: int) -> list[Case]:
+        return [*others(prompt, batch, SDPA), *ours(prompt, batch, LONG), *others(prompt, batch, TWO)]
+
+    def others_of_cell(batch: int) -> list[Case]:
+        searching = [Case(usual, batch, name, "hf") for name in ("opera", GOING_BACK)]
+        last = [*others(usual, batch, BEAMS), *searching, Case(usual, batch, SDPA, again=True)]
+        return [*ours(usual, batch, (*rest, "sgrs")), *last, *ours(usual, batch, ("greedy",), True)]
+
+    out = [*others(usual, one, SDPA), *ours(usual, one, ("greedy",)), *(others(usual, one, STATIC) if gpu else ())]
+    out += [*ours(usual, one, FIRST), *others(usual, one, TWO), *compiled(LONG), *others(usual, one, EAGER, WEIGHTS)]
+    out += others_of_cell(one)
+    for batch in larger:
+        out += main(usual, batch)
+    for prompt in longer:
+        out += main(prompt, one)
+    for batch in larger:
+        out += [*ours(usual, batch, ("pai", "gift")), *others(usual, batch, *([STATIC] if gpu else []), EAGER, WEIGHTS)]
+        out += others_of_cell(batch)
+    for prompt in longer:
+        out += [case for batch in larger for case in main(prompt, batch)]
+    return [*out, *compiled((*FIRST[2:], *rest))]
+
+
+def prompts_of(case: Case, visual: int) -> list[int]:
+    """Lengths of the prompts whose keys a step reads for each sample: the visible row's, then the branches'.
+
+    Beams of transformers keep the prompt once each, a search with a shared prefix once in all.
+    """
+    if case.name in BASELINES or case.name == TWO:
+        return [case.prompt] * {TWO: 2, BEAMS: 5}.get(case.name, 1)
+    lengths = [case.prompt]
+    for method in Recipe.parse(case.recipe).methods:
+        if isinstance(method, DecodingMethod):
+            lengths += [case.prompt - visual * (not view.keeps_pictures()) for view in method.branches()]
+            lengths += [case.prompt] * method.late()
+    return lengths
+
+
+def derive(report: dict[str, Any]) -> None:
+    """Fills in every ratio and bound; rows compare with rows of the same run where it has them.
+
+    Args:
+        report: `runs` with copy bandwidths and weight bytes, `rows` with measurements; `of_*` are multiples.
+    """
+    rows = report["rows"]
+    for row in rows:
+        if "ms_per_token" not in row:
+            continue
+        run = report["runs"][row["run"]]
+        rate, weights = run["copy_bytes_per_second"], run["weight_bytes"]
+        floor, step = weights / rate, (weights + row["key_bytes"]) / rate
+        row["byte_model_ms"] = 1e3 * step
+        row["of_floor"] = row["ms_per_token"] / (1e3 * floor)
+        row["of_bytes"] = row["ms_per_token"] / (1e3 * step)
+        names = {"of_sdpa": SDPA, "of_plain": _plain_of(row), "of_static": STATIC, "of_two_forwards": TWO}
+        found = {name: _reference(rows, row, other) for name, other in names.items()}
+        known = {name: other for name, other in found.items() if other is not None}
+        row["of_other_runs"] = [name for name, other in known.items() if other["run"] != row["run"]]
+        row |= {name: row["ms_per_token"] / other["ms_per_token"] for name, other in known.items()}
+        sdpa, plain = found["of_sdpa"], found["of_plain"]
+        if plain is not None:
+            grows = (weights + row["key_bytes"]) / (weights + plain["key_bytes"])
+            row["of_plain_and_bytes"] = row["of_plain"] / grows
+            row["prefill_of_plain"] = row["prefill_ms"] / plain["prefill_ms"]
+        if sdpa is not None and "peak_gib" in row:
+            row["memory_of_sdpa"] = row["peak_gib"] / sdpa["peak_gib"]
+        row["targets"] = bounds(row, report["runs"][0]["usual_prompt"])
+
+
+def _plain_of(row: dict[str, Any]) -> str:
+    if row["method"] in ("opera", GOING_BACK):
+        return BEAMS
+    return SDPA if row["engine"] == "transformers" else f"{row['engine']} greedy"
+
+
+def _reference(rows: Sequence[dict[str, Any]], row: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The better measurement of a row of the same cell, of the same run if it has one, else of the same device."""
+    cell = (row["prompt"], row["batch"])
+    found = [r for r in rows if r["row"].removesuffix(AGAIN) == name and (r["prompt"], r["batch"]) == cell]
+    found = [r for r in found if "ms_per_token" in r and r["device"] == row["device"]]
+    found = [r for r in found if r["run"] == row["run"]] or found
+    return min(found, key=lambda r: r["ms_per_token"], default=None)
+
+
+def bounds(row: dict[str, Any], usual: int) -> dict[str, str]:
+    """The targets of a row, by the figure that they bound."""
+    kind = next((r.kind for r in registry.ROWS if r.name == row["method"]), "")
+    engine, single = row["engine"], row["batch"] == 1
+    out: dict[str, str] = {}
+    if kind == "attention":
+        out["memory_of_sdpa"] = "<= 1.03"
+        if single and engine.startswith("graph"):
+            compiled = engine == "graph+compile"
+            out |= {
+                "of_plain": "<= 1.08" if row["method"] == "gift" else "<= 1.05",
+                "of_floor": "<= 1.65" if compiled else "<= 2.2",
+                "of_static": "<= 0.78" if compiled else "<= 1.0",
+                "of_sdpa": "<= 0.333",
+            }
+    if kind == "decoding" and row["branches"] == 1:
+        out |= {"of_bytes": "<= 1.10", "of_plain_and_bytes": "<= 1.10"}
+        if single and engine == "hf":
+            out["of_plain"] = "<= 1.15"
+        if single and engine.startswith("graph") and row["prompt"] == usual:
+            out["of_two_forwards"] = "<= 0.167"
+    if row["method"] == "sgrs" and engine == "hf":
+        out["of_plain"] = "<= 2.2"
+    if row["method"] == "opera":
+        out["of_plain"] = "<= 1.3"
+    return {name: bound for name, bound in out.items() if name in row}
