@@ -26,7 +26,7 @@ ORDER = [
         "items",
     ),
     *("kernels", "hf", "attention", "views", "pruning", "decoders", "recipe", "engine", "diagnostics"),
-    *("preparing", "applying", "fixed", "api"),
+    *("preparing", "applying", "settling", "fixed", "api"),
     *("answering", "eval", "commands"),
 ]
 """Modules and packages of vlmfix; each may import itself and earlier ones."""

@@ -311,6 +311,59 @@ class PictureMethod(Method):
         raise NotImplementedError
 
 
+class Asker(Protocol):
+    """Lets the rest of the recipe answer about other pictures, under the caller's own settings."""
+
+    def __call__(
+        self, items: Sequence[int], pictures: Sequence[Sequence[Any]], questions: Sequence[str], view: str
+    ) -> list[str]:
+        """Texts of the answers.
+
+        Args:
+            items: which of the items are asked, as indices; their tokens and seconds count for these.
+            pictures: per asked item its pictures.
+            questions: per asked item its question.
+            view: a name of these pictures; seeded draws depend on it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What became of one answer.
+
+    Args:
+        text: the final answer.
+        notes: for the report; `inactive` says why the answer was left as it is.
+    """
+
+    text: str
+    notes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AnswerMethod(Method):
+    """A method that settles whole answers, with more answers of the otherwise same recipe; it acts in `answer`."""
+
+    kind: ClassVar[str] = "answer"
+
+    def settle(
+        self, texts: Sequence[str], pictures: Sequence[Sequence[Any]], questions: Sequence[str], ask: Asker
+    ) -> list[Settled]:
+        """Final answers.
+
+        Args:
+            texts: per item the answer of the rest of the recipe.
+            pictures: per item its pictures (PIL, RGB), at least one.
+            questions: per item its question.
+            ask: the rest of the recipe.
+
+        Returns:
+            One for each item.
+        """
+        raise NotImplementedError
+
+
 def resolve_layers(spec: LayerSpec, depth: int) -> tuple[int, ...]:
     """Layer indices of a specification.
 

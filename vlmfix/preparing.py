@@ -59,11 +59,16 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def refuse_tensors(compiled: Compiled) -> None:
-    """Refuses recipes that redraw pictures where there are only tensors left of them."""
+    """Refuses recipes that need pictures and whole answers where there are only tensors."""
     for method in compiled.pictures:
         raise Refusal(
             f"{registry.name_of(method)} redraws the picture itself and cannot act on a processor's tensors "
             f"({compiled.facts.family}); call answer(images, prompts)"
+        )
+    if compiled.answer is not None:
+        raise Refusal(
+            f"{registry.name_of(compiled.answer)} cuts the picture and settles whole answers, and cannot act on a "
+            f"processor's tensors ({compiled.facts.family}); call answer(images, prompts)"
         )
 
 

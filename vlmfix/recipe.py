@@ -11,13 +11,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlmfix import registry
 from vlmfix.attention.compiled import Compiled
 from vlmfix.checks import check_types
 from vlmfix.errors import Refusal, UsageError, nearest
-from vlmfix.method import AttentionMethod, DecodingMethod, Method, ModelFacts, PictureMethod
+from vlmfix.method import AnswerMethod, AttentionMethod, DecodingMethod, Method, ModelFacts, PictureMethod
+
+_M = TypeVar("_M", bound=Method)
 
 FORMAT = 1
 GRADES = ("ours", "ref-run", "derived", "abstract-only")
@@ -139,6 +141,7 @@ class Recipe:
         dropped: list[str] = []
         own: list[int] = []
         pictures: list[PictureMethod] = []
+        settling: list[AnswerMethod] = []
         for method in self.methods:
             name = registry.name_of(method)
             check_types(name, method)
@@ -168,13 +171,23 @@ class Recipe:
                     layers.append(frozenset(part.acts_on(facts.depth)) & frozenset(facts.heads))
             elif isinstance(ready, PictureMethod):
                 pictures.append(ready)
+            elif isinstance(ready, AnswerMethod):
+                settling.append(ready)
             else:
                 raise Refusal(f"{name}: methods of kind {method.kind!r} cannot act yet")
-        if len(decoding) > 1:
-            names = " and ".join(registry.name_of(m) for m in decoding)
-            raise Refusal(f"{names} both rewrite the logits; a recipe can hold one of them")
-        chosen = decoding[0] if decoding else None
-        return Compiled(tuple(attention), tuple(layers), chosen, facts, tuple(dropped), tuple(own), tuple(pictures))
+        chosen = _only(decoding, "rewrite the logits")
+        settles = _only(settling, "settle whole answers")
+        return Compiled(
+            tuple(attention), tuple(layers), chosen, facts, tuple(dropped), tuple(own), tuple(pictures), settles
+        )
+
+
+def _only(methods: list[_M], deed: str) -> _M | None:
+    """The one method that does something; two exclude each other."""
+    if len(methods) > 1:
+        names = " and ".join(registry.name_of(m) for m in methods)
+        raise Refusal(f"{names} both {deed}; a recipe can hold one of them")
+    return methods[0] if methods else None
 
 
 def _split(text: str, separator: str) -> list[str]:

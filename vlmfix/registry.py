@@ -20,7 +20,7 @@ class Row:
     Args:
         name: word in recipes.
         target: "module:Class".
-        kind: plain, attention, decoding, pruner or view.
+        kind: plain, attention, decoding, pruner, view or answer.
         title: title of the paper.
         paper: arXiv id, empty for none.
         evidence: ref-run (equal to the run reference), derived, abstract-only, or ours.
@@ -229,6 +229,18 @@ ROWS: tuple[Row, ...] = (
             "new_tokens": 32,
             "append": False,
         },
+    ),
+    Row(
+        "patches",
+        "vlmfix.decoders.patches:Patches",
+        "answer",
+        "Patch Matters: Training-free Fine-grained Image Caption Enhancement via Local Perception",
+        "2504.06666",
+        "abstract-only",
+        "drops from a description what overlapping crops do not name, adds what all of them name",
+        "five more descriptions of each picture",
+        ("greedy", "sampling", "beams", "batch", "images", "no-image"),
+        {"size": 0.8, "centre": True, "agree": 3, "share": 0.5, "add": 1.0, "instruction": ""},
     ),
     Row(
         "vcd",

@@ -27,7 +27,7 @@ class Strength:
 
 
 CLASS_TOKENS = ("llava", "vipllava", "llava_next", "llava_next_video")
-NOWHERE = ("it redraws pictures, and the duties have their tensors alone",)
+NOWHERE = ("it needs the pictures themselves, and the duties have their tensors alone",)
 SINKS = "sink_dims=(3,4),tau=1.02,min_mass=0,keep_ratio=0,variant=reference"
 WORDS = "disturbance_ids=(40,41,42)"
 
@@ -65,6 +65,7 @@ TABLE = {
         "vasparse_attention(beta=1)", "vasparse_attention(beta=1e-12)", "vasparse_attention(beta=0)"
     ),
     "carve": Strength("carve", None, "carve(keep=1)", families=NOWHERE),
+    "patches": Strength("patches", None, "patches(share=0,add=None)", families=NOWHERE),
     "vcd": Strength("vcd(alpha=0.5,beta=0)", "vcd(alpha=1e-12,beta=0)", "vcd(alpha=0,beta=0)"),
     "m3id": Strength("m3id(beta=0,forget_rate=0.05)", "m3id(beta=0,forget_rate=1e-12)", "m3id(forget_rate=0,beta=0)"),
     "icd": Strength(f"icd(alpha=0.5,beta=0,{WORDS})", f"icd(alpha=1e-12,beta=0,{WORDS})", "icd(alpha=0,beta=0)"),
