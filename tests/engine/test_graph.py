@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from types import FunctionType
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 import vlmfix
 from vlmfix import registry
 from vlmfix.engine import graph, sessions
+from vlmfix.errors import UsageError
 from vlmfix.hf.families import FAMILIES as TABLE_OF_FAMILIES
 from vlmfix.method import DecodingMethod
 
@@ -80,7 +82,7 @@ def test_a_longer_prompt_of_the_same_bucket_reuses_the_step():
     tiny = lab.under("llava")
     with graphed("llava", "pai+vcd(alpha=0.5,beta=0)") as vlm:
         vlm.generate(**tiny.inputs((1, 1)), max_new_tokens=NEW)
-        inputs = tiny.inputs((2, 3))
+        inputs = tiny.inputs((2, 1))
         got = lab.trace(vlm.generate, inputs, max_new_tokens=NEW)
         assert vlm.report["engine"]["reused"]
         with vlmfix.wrap(tiny.model, None, "pai+vcd(alpha=0.5,beta=0)", engine="hf") as loop:
@@ -92,7 +94,7 @@ def both(recipe, inputs, **options):
     outs = []
     for engine in ("hf", "graph"):
         with vlmfix.wrap(lab.under("llava").model, None, recipe, engine=engine) as vlm:
-            given = {k: v() if callable(v) else v for k, v in options.items()}
+            given = {k: v() if isinstance(v, FunctionType) else v for k, v in options.items()}
             outs.append(vlm.generate(**inputs, **given))
             assert vlm.report["engine"]["name"] == engine, vlm.report["engine"]
     return outs
@@ -141,7 +143,7 @@ def test_sequences_end_where_the_loop_ends_them(new):
 
 
 def test_stop_strings():
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer([])
     inputs = lab.under("llava").inputs((1, 2))
     plain, _ = both("pai", inputs, max_new_tokens=12)
     word = tokenizer.decode(plain[0, inputs["input_ids"].shape[1] + 4])
@@ -277,7 +279,7 @@ def test_few_captured_steps_are_kept_and_close_frees_them():
 
 
 def test_no_such_engine():
-    with pytest.raises(vlmfix.UsageError, match="engine='fast'.*'graph'"):
+    with pytest.raises(UsageError, match="engine='fast'.*'graph'"):
         vlmfix.wrap(lab.under("llava").model, None, "greedy", engine="fast")
 
 

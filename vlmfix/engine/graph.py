@@ -101,20 +101,19 @@ class Engine:
 
     def _loop(self, parts: Parts, task: Task) -> Any:
         request: Any = hooks.REQUEST.get()
-        prefilled, choice = task.prefill(), Choice(task)
+        prefilled = task.prefill()
         reason = self._unfit = slots.why_not(prefilled.cache, parts.depth)
         valid, _ = request.standing(prefilled.valid)
         if not reason and not bool((valid == (valid.long().cumsum(1) > 0)).all()):
             reason = "the prompt has padding behind its first token"
         if reason:
             raise Unfit(reason)
-        token, processed = choice.first(prefilled.logits)
         with self._lock:  # a session holds one generation at a time
-            return self._decode(parts, request, task, prefilled, token, processed)
+            return self._decode(parts, request, task, prefilled)
 
-    def _decode(
-        self, parts: Parts, request: Request, task: Task, prefilled: Prefilled, token: Tensor, processed: Tensor
-    ) -> Any:
+    def _decode(self, parts: Parts, request: Request, task: Task, prefilled: Prefilled) -> Any:
+        choice = Choice(task)
+        token, processed = choice.first(prefilled.logits)
         valid, positions = request.standing(prefilled.valid)
         capacity = -(-(valid.shape[1] + task.room) // BUCKET) * BUCKET
         session = self._session(parts, request, task, prefilled, positions.shape, capacity)

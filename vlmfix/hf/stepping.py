@@ -177,10 +177,9 @@ def call(generate: Callable[..., Any], loop: Callable[[Task], Any], kwargs: dict
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
         **rest: Any,
     ) -> Any:
+        streamer = kwargs.get("streamer")  # generate keeps it from loops that are not its own
         return loop(Task(model, input_ids, logits_processor, stopping_criteria, generation_config, rest, streamer))
 
     return generate(**stop_strings_as_criteria(kwargs), custom_generate=decoding)
