@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,26 +24,7 @@ from vlmfix.hf.evidence import FirstToken
 from vlmfix.hf.sharing import share, shareable
 from vlmfix.preparing import bare, compile_for, refuse_tensors, report_of
 from vlmfix.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer with what it took.
-
-    Args:
-        text: the answer.
-        tokens: generated tokens, the end token included.
-        seconds: time of its batch divided by the batch's size.
-        report: what acted where; see `FixedVLM.report`.
-        evidence: measures of this answer by name: visual_tokens, prefill_seconds (its share of the batch's), and
-            margin, by how much the first token's scores prefer yes to no.
-    """
-
-    text: str
-    tokens: int
-    seconds: float
-    report: dict[str, Any] = field(default_factory=dict)
-    evidence: dict[str, Any] = field(default_factory=dict)
+from vlmfix.settling import Answer as Answer
 
 
 class FixedVLM:

@@ -1,11 +1,11 @@
-"""Whole answers settled by a method that lets the otherwise same recipe answer further questions."""
+"""Answers, and how a method settles them that lets the otherwise same recipe answer further questions."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from vlmfix import registry
 from vlmfix.attention.observing import OBSERVERS
@@ -14,10 +14,28 @@ from vlmfix.errors import Refusal
 from vlmfix.hf.hooks import warn_once
 from vlmfix.method import AnswerMethod
 
-if TYPE_CHECKING:
-    from vlmfix.fixed import Answer
 
-Answering = Callable[[Sequence[Any], Sequence[str], Sequence[str]], list["Answer"]]
+@dataclass(frozen=True)
+class Answer:
+    """One answer with what it took.
+
+    Args:
+        text: the answer.
+        tokens: generated tokens of all passes it took, end tokens included.
+        seconds: time of its batches, each divided by the batch's size.
+        report: what acted where; see `FixedVLM.report`.
+        evidence: measures of this answer by name: visual_tokens, prefill_seconds (its share of the batch's), and
+            margin, by how much the first token's scores prefer yes to no.
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+    report: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+Answering = Callable[[Sequence[Any], Sequence[str], Sequence[str]], list[Answer]]
 """(pictures, questions, names) -> answers of the recipe without its last method."""
 
 
