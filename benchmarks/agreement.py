@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 import vlmfix
+from benchmarks.engine_cases import KINDS
 from benchmarks.timing import about
 from tests.duties.table import TABLE
 from tests.families import build
@@ -49,7 +50,7 @@ def tokens_of(family: str, methods: list[str], device: str) -> list[dict[str, An
 
 
 def _compare(model: Any, recipe: str, batches: list[dict[str, Any]]) -> dict[str, Any]:
-    options = {"max_new_tokens": NEW, "output_logits": True, "return_dict_in_generate": True}
+    options: dict[str, Any] = {"max_new_tokens": NEW, "output_logits": True, "return_dict_in_generate": True}
     try:
         with vlmfix.wrap(model, None, recipe, engine="hf") as vlm:
             own = [vlm.generate(**batch, **options) for batch in batches]
@@ -114,7 +115,11 @@ def captions(count: int, recipes: list[str], device: str, dtype: str, new: int) 
                 )
         for one, other in PAIRS:
             differ = sum(a != b for a, b in zip(answers[one], answers[other], strict=True))
-            row = {"recipe": recipe, "one": "{}, batch {}".format(*one), "other": "{}, batch {}".format(*other)}
+            row: dict[str, Any] = {
+                "recipe": recipe,
+                "one": "{}, batch {}".format(*one),
+                "other": "{}, batch {}".format(*other),
+            }
             row |= {"captions": len(pictures), "differ": differ, "share": differ / len(pictures)}
             rows.append(row | {"seconds_one": seconds[one], "seconds_other": seconds[other]})
     return rows
@@ -123,7 +128,7 @@ def captions(count: int, recipes: list[str], device: str, dtype: str, new: int) 
 def main(given: list[str] | None = None) -> int:
     """Compares and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [row.name for row in registry.ROWS if row.kind != "view"]
+    known = [row.name for row in registry.ROWS if row.kind in ("plain", *KINDS)]
     parser.add_argument("--only", choices=["tokens", "captions"])
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--methods", nargs="+", choices=known, default=known, help="of the tiny models")

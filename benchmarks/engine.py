@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ class Bench:
         return self.device == "cuda"
 
     def forget(self) -> None:
-        """Frees what a row left behind."""
-        gc.collect()
+        """Frees what a row left behind on the GPU."""
         if self.gpu:
+            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
@@ -170,10 +171,12 @@ class Bench:
                 found["note"] = f"steps were not captured: {used.get('reason', self.device)}"
         if case.name.startswith("opera"):
             found["returns"] = report()["methods"]["opera"].get("returns")
-        short_times, long_times, anew = [], [], 0
+        short_times: list[float] = []
+        long_times: list[float] = []
+        anew = 0
         for _ in range(1 if first > SLOW else self.options.repeats):
             for new, times in ((short, short_times), (long, long_times)):
-                times.append(clock(lambda new=new: generate(new), self.device))
+                times.append(clock(partial(generate, new), self.device))
                 anew += engine_of(report()).get("reused") is False
         if anew:
             found["note"] = f"{anew} of {2 * len(long_times)} timed calls set a step up anew"
@@ -248,7 +251,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Measures and writes; 1 if a row failed, 2 if the device was lost."""
+    """Measures and writes after each row; 1 if a row failed, 2 if the device was lost."""
     begun, options = time.perf_counter(), arguments(given)
     have = json.loads(options.have.read_text()) if options.have and options.have.exists() else {}
     if have and have["shape"] != options.shape:
@@ -278,17 +281,15 @@ def main(given: list[str] | None = None) -> int:
         "left_out": left_out(),
         "runs": [*have.get("runs", []), run],
     }
-    for case in (todo := chosen(options, have, bench.gpu)):
-        if time.perf_counter() - begun > options.seconds:
-            break
-        todo = todo[1:]
-        ok = measured(bench, case, report)
-        report["not_run"] = [dataclasses.asdict(other) | {"row": other.row} for other in todo]
+    todo = chosen(options, have, bench.gpu)
+    while True:
+        report["not_run"] = [{"prompt": case.prompt, "batch": case.batch, "row": case.row} for case in todo]
         derive(report)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
-        if not ok:
+        if not todo or time.perf_counter() - begun > options.seconds:
+            return int(any("error" in row for row in report["rows"]))
+        if not measured(bench, todo.pop(0), report):
             return 2
-    return int(any("error" in row for row in report["rows"]))
 
 
 def measured(bench: Bench, case: Case, report: dict[str, Any]) -> bool:
@@ -325,7 +326,9 @@ def measured(bench: Bench, case: Case, report: dict[str, Any]) -> bool:
     if "error" in row or "ms_per_token" not in row or not case.plain:
         report["rows"] = [r for r in report["rows"] if any(r[key] != row[key] for key in same)]
     report["rows"].append(row)
-    shown = row.get("note") or f"{row['ms_per_token']:8.2f} ms/token {row['prefill_ms']:8.1f} ms prefill"
+    shown = row.get("note", "")
+    if "ms_per_token" in row:
+        shown = f"{row['ms_per_token']:8.2f} ms/token {row['prefill_ms']:8.1f} ms prefill {shown}"
     sys.stderr.write(f"{case.prompt:5d} {case.batch:3d} {case.row:44s} {shown[:160]}  ({row['seconds']:.1f} s)\n")
     return alive
 

@@ -38,6 +38,9 @@ SETTINGS = {
 }
 """What random weights need said: there is no tokenizer, and no sink dimension stands out."""
 
+KINDS = ("attention", "decoding")
+"""Methods that act while a model decodes."""
+
 FIRST = ("var", "vcd", "pai", "gift")
 LAST = ("sgrs", "opera")
 LONG = ("greedy", "var", "vcd")
@@ -45,7 +48,7 @@ LONG = ("greedy", "var", "vcd")
 
 COLUMNS = (
     *("row", "run", "prompt", "batch", "ms_per_token", "prefill_ms", "peak_gib", "of_plain", "of_sdpa", "of_static"),
-    *("of_floor", "of_bytes", "memory_of_sdpa", "capture_seconds", "note", "targets"),
+    *("of_floor", "of_bytes", "memory_of_sdpa", "capture_seconds", "targets"),
 )
 
 
@@ -86,8 +89,8 @@ class Case:
 
 def left_out() -> list[dict[str, str]]:
     """Methods without a row, and why."""
-    why = "redraws pictures before the model sees them; its decoding is plain"
-    return [{"row": row.name, "why": why} for row in registry.ROWS if row.kind == "view"]
+    why = "works on pictures or on whole answers; its decoding is the plain one"
+    return [{"row": row.name, "why": why} for row in registry.ROWS if row.kind not in ("plain", *KINDS)]
 
 
 def order(shape: Shape, engines: Sequence[str], gpu: bool) -> list[Case]:
@@ -100,9 +103,8 @@ def order(shape: Shape, engines: Sequence[str], gpu: bool) -> list[Case]:
     """
     usual, *longer = shape.prompts
     one, *larger = shape.batches
-    found = [row for row in registry.ROWS if row.kind not in ("plain", "view")]
-    rest = [r.name for kind in ("attention", "decoding") for r in found if r.kind == kind and r.name not in FIRST]
-    rest = [name for name in rest if name not in LAST]
+    rest = [row.name for kind in KINDS for row in registry.ROWS if row.kind == kind]
+    rest = [name for name in rest if name not in (*FIRST, *LAST)]
 
     def ours(prompt: int, batch: int, names: Iterable[str], again: bool = False) -> Iterator[Case]:
         return (Case(prompt, batch, name, engine, again) for name in names for engine in engines)

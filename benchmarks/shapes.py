@@ -176,5 +176,5 @@ def token_bytes(name: str) -> int:
     """Bytes of keys and values of one token of one row."""
     shape = SHAPES[name]
     head = shape.text["hidden_size"] // shape.text["num_attention_heads"]
-    values = 2 * shape.text["num_hidden_layers"] * shape.text["num_key_value_heads"] * head
+    values: int = 2 * shape.text["num_hidden_layers"] * shape.text["num_key_value_heads"] * head
     return values * torch.empty(0, dtype=shape.dtype).element_size()

@@ -1,0 +1,1 @@
+"""The scripts in benchmarks/, run on tiny shapes."""
