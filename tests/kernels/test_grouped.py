@@ -213,11 +213,13 @@ def test_programs_take_blocks_one_after_another(place, monkeypatch):
     compare(place, plans, q, k, v, "tiles", monkeypatch, near_threshold(plans, q, k, v, place), consecutive=True)
 
 
-def test_compiles_as_one_graph(place):
-    q, k, v = tensors(place, 1, 2, 1, 1, 20, 16)
-    plans = make("rule", place, 1, 2, 20)
+@pytest.mark.parametrize(("form", "name"), [("split", "rule"), ("tiles", "redistribute"), ("parts", "slopes")])
+def test_compiles_as_one_graph(place, monkeypatch, form, name):
+    use(form, monkeypatch)
+    q, k, v = tensors(place, 1, 2, 1, 1 if form == "split" else 19, 20, 16)
+    plans = make(name, place, 1, 2, 20)
     packed = pack.pack(plans, 2)
-    q_pos, k_pos = place.tensor([19]), place.arange(20)
+    q_pos, k_pos = place.arange(20 - q.shape[2], 20), place.arange(20)
 
     def step(q):
         return evaluate.evaluate(q, k, v, plans, None, 0.25, q_pos, k_pos, packed=packed) * 2

@@ -43,5 +43,4 @@ def saliency_row(
 
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     bias = None if bias is None else rows_contiguous(bias)
-    saliency, dq, delta = triton.saliency_row(q, k, v, lse, d_out, scale, own, start, bias)
-    return SaliencyRow(saliency, dq, *triton.own_gradients(q, k, v, lse, d_out, scale, own, bias, delta))
+    return SaliencyRow(*triton.saliency_row(q, k, v, lse, d_out, scale, own, start, bias))
