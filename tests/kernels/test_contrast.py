@@ -7,7 +7,10 @@ import torch
 
 from tests.kernels.tools import launching, within_budget
 from vlmfix.kernels.contrast import choose, contrast, contrast_and_choose
-from vlmfix.kernels.dispatch import reference_only
+from vlmfix.kernels.dispatch import has_triton, reference_only
+
+if has_triton():
+    from vlmfix.kernels.contrast import triton_choose
 
 X, Y = torch.tensor([[2.0, 1.5, 0.5, -1.0]]), torch.tensor([[[2.2, 0.9, 0.4, -2.0]]])
 NEVER = float("-inf")
@@ -65,8 +68,13 @@ def test_scores(place, name):
     within_budget(actual, plain, exact, torch.float32)
 
 
+@pytest.mark.parametrize("few", [None, 2, 256])
 @pytest.mark.parametrize("name", ["greedy", "temperature", "top_k", "top_p", "all"])
-def test_tokens(place, name):
+def test_tokens(place, monkeypatch, name, few):
+    """`few`: how many candidates are settled directly; with 2 the thresholds are searched."""
+    if few is not None and name in ("top_k", "top_p", "all"):
+        monkeypatch.setattr(triton_choose, "FEW", few)
+        monkeypatch.setattr(triton_choose, "NEAR", 4.0 if place.device == "cuda" else 100.0)
     x, y, weight = logits(place)
     beta = place.tensor([0.01, 0.0, 0.3])
     heat, top_k, top_p = place.tensor([0.5, 1.0, 2.0]), place.tensor([3, 0, 17]), place.tensor([0.5, 0.9, 1e-6])

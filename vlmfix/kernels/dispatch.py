@@ -38,9 +38,9 @@ def reference_only() -> Iterator[None]:
 
 def use_triton(*tensors: Tensor) -> bool:
     """Whether the Triton form serves these inputs: on a GPU (or interpreted), in a supported element type."""
-    if _forced.get() or any(x.dtype not in DTYPES for x in tensors):
+    if not (INTERPRETED or all(x.is_cuda for x in tensors)) or any(x.dtype not in DTYPES for x in tensors):
         return False
-    return has_triton() and (INTERPRETED or all(x.is_cuda for x in tensors))
+    return has_triton() and not _forced.get()
 
 
 @cache

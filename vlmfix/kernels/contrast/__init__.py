@@ -46,9 +46,9 @@ def choose(
     """One token per row, the best or a seeded draw; arguments and result as in `reference.choose`."""
     if not use_triton(scores):
         return reference.choose(scores, temperature, top_k, top_p, u)
-    from vlmfix.kernels.contrast import triton
+    from vlmfix.kernels.contrast import triton_choose
 
-    tokens: Tensor = triton.choose(rows_contiguous(scores), None, None, temperature, top_k, top_p, u)
+    tokens: Tensor = triton_choose.choose(rows_contiguous(scores), None, None, temperature, top_k, top_p, u)
     return tokens
 
 
@@ -75,11 +75,11 @@ def contrast_and_choose(
     if not use_triton(x, y):
         scores = reference.contrast(x, y, weight, base, beta, gate, entropy_floor)
         return reference.choose(scores, temperature, top_k, top_p, u), scores
-    from vlmfix.kernels.contrast import triton
+    from vlmfix.kernels.contrast import triton, triton_choose
 
     x, y = rows_contiguous(x), rows_contiguous(y)
     scores, peak, mass = triton.contrast(x, y, weight, base, beta, gate, entropy_floor or 0.0, temperature)
-    return triton.choose(scores, peak, mass, temperature, top_k, top_p, u), scores
+    return triton_choose.choose(scores, peak, mass, temperature, top_k, top_p, u), scores
 
 
 def _check(x: Tensor, y: Tensor, weight: Tensor) -> None:

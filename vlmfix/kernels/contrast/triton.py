@@ -1,7 +1,7 @@
-"""Contrast and choice: three short kernels over blocks of the vocabulary, so that one row keeps the whole GPU busy.
+"""Contrast: two short kernels over blocks of the vocabulary, so that one row keeps the whole GPU busy.
 
-`_measure` reduces each block of the logits, `_score` writes the scores and each block's largest score and mass, and
-`_choose`, one program per row, visits only blocks that can still hold the answer.
+`_measure` reduces each block of the logits, `score` writes the scores and each block's largest score and mass, from
+which triton_choose.py picks a token.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import INTERPRETED, launches, power_of_two
+from vlmfix.kernels.dispatch import INTERPRETED, launches, operation, power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(float("-inf"))
@@ -46,7 +46,7 @@ def summary(Stat, blocks, NB: tl.constexpr):
 
 
 @triton.jit
-def _score(
+def score(
     X, Y, StatX, StatY, Weight, Base, Beta, Gate, Temperature, S, Peak, Mass, n, blocks, entropy_floor, x_b, y_n, y_b,
     BRANCHES: tl.constexpr, BASE: tl.constexpr, BETA: tl.constexpr, GATE: tl.constexpr, ENTROPY: tl.constexpr,
     TEMPERATURE: tl.constexpr, WRITE: tl.constexpr, BV: tl.constexpr, NB: tl.constexpr,
@@ -87,107 +87,7 @@ def _score(
     tl.store(Mass + b * blocks + tl.program_id(0), tl.sum(e, 0))
 
 
-@triton.jit
-def ordered(x):
-    """Integers in the order of the floats x."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
-
-
-@triton.jit
-def following(block, peak, low, NB: tl.constexpr):
-    """Next block whose largest score is not below `low`; NB if none is left."""
-    i = tl.arange(0, NB)
-    return tl.min(tl.where((i > block) & (peak >= low), i, NB), 0)
-
-
-@triton.jit
-def block_masses(S, peak, n, top, inverse, low, BV: tl.constexpr, NB: tl.constexpr):
-    """Mass [NB] of each block's scores that are not below `low`."""
-    masses = tl.zeros([NB], tl.float32)
-    block = following(-1, peak, low, NB)
-    while block < NB:
-        j = block * BV + tl.arange(0, BV)
-        s = tl.load(S + j, mask=j < n, other=NEVER)
-        mass = tl.sum(tl.where(ordered(s) >= low, tl.exp2((s - top) * inverse), 0.0), 0)
-        masses = tl.where(tl.arange(0, NB) == block, mass, masses)
-        block = following(block, peak, low, NB)
-    return masses
-
-
-@triton.jit
-def threshold(S, peak, n, top, inverse, floor, target, COUNT: tl.constexpr, BV: tl.constexpr, NB: tl.constexpr):
-    """Largest score, as an ordered integer, such that the scores from it on (and from `floor` on) reach `target`.
-
-    COUNT: their number, else their mass.
-    """
-    low = tl.min(tl.full([16], -2147483648, tl.int32), 0)
-    digit = tl.arange(0, 16)
-    for step in range(8):
-        marks = low + (digit << (28 - 4 * step))
-        reach = tl.zeros([16], tl.float32)
-        visit = tl.maximum(low, floor)
-        block = following(-1, peak, visit, NB)
-        while block < NB:
-            j = block * BV + tl.arange(0, BV)
-            s = tl.load(S + j, mask=j < n, other=NEVER)
-            key = ordered(s)
-            p = tl.where(s > NEVER, 1.0, 0.0) if COUNT else tl.exp2((s - top) * inverse)
-            p = tl.where(key >= visit, p, 0.0)
-            reach += tl.sum(tl.where(key[:, None] >= marks[None, :], p[:, None], 0.0), 0)
-            block = following(block, peak, visit, NB)
-        best = tl.max(tl.where(reach >= target, digit, 0), 0)
-        low = tl.max(tl.where(digit == best, marks, -2147483648), 0)
-    return tl.maximum(low, floor)
-
-
-@triton.jit
-def _choose(
-    S, Peak, Mass, Temperature, TopK, TopP, U, Token, n, blocks, s_b, DRAW: tl.constexpr, TEMPERATURE: tl.constexpr,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr, BV: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
-    """One row: its best token, or a draw by inverse CDF from what temperature, top-k and top-p leave."""
-    b = tl.program_id(0).to(tl.int64)
-    S += b * s_b
-    i = tl.arange(0, NB)
-    height = tl.load(Peak + b * blocks + i, mask=i < blocks, other=NEVER)
-    top = tl.max(height, 0)
-    if not DRAW:
-        block = tl.min(tl.where(height == top, i, NB), 0)
-        j = block * BV + tl.arange(0, BV)
-        s = tl.load(S + j, mask=j < n, other=NEVER)
-        tl.store(Token + b, tl.min(tl.where((s == top) & (j < n), j, n - 1), 0).to(tl.int64))
-    else:
-        inverse = LOG2E
-        if TEMPERATURE:
-            inverse = LOG2E / tl.load(Temperature + b).to(tl.float32)
-        top = tl.where(top == NEVER, 0.0, top)
-        peak = ordered(height)
-        floor = tl.min(ordered(tl.full([16], NEVER, tl.float32)), 0) + 1
-        if TOP_K:
-            k = tl.load(TopK + b).to(tl.float32)
-            k = tl.where(k > 0, k, n.to(tl.float32))
-            floor = threshold(S, peak, n, top, inverse, floor, k, True, BV, NB)
-        if TOP_P:
-            masses = block_masses(S, peak, n, top, inverse, floor, BV, NB)
-            p = tl.load(TopP + b).to(tl.float32) * tl.sum(masses, 0)
-            floor = threshold(S, peak, n, top, inverse, floor, p, False, BV, NB)
-        if TOP_K or TOP_P:
-            masses = block_masses(S, peak, n, top, inverse, floor, BV, NB)
-        else:
-            masses = tl.load(Mass + b * blocks + i, mask=i < blocks, other=0.0) * tl.exp2((height - top) * inverse)
-        goal = tl.load(U + b).to(tl.float32) * tl.sum(masses, 0)
-        last = tl.max(tl.where(masses > 0, i, 0), 0)
-        block = tl.minimum(tl.min(tl.where(tl.cumsum(masses, 0) > goal, i, NB), 0), last)
-        j = block * BV + tl.arange(0, BV)
-        s = tl.load(S + j, mask=j < n, other=NEVER)
-        p = tl.where(ordered(s) >= floor, tl.exp2((s - top) * inverse), 0.0)
-        reached = tl.sum(tl.where(i < block, masses, 0.0), 0) + tl.cumsum(p, 0)
-        hit = tl.min(tl.where((reached > goal) & (p > 0), j, n), 0)
-        tl.store(Token + b, tl.where(hit < n, hit, tl.max(tl.where(p > 0, j, 0), 0)).to(tl.int64))
-
-
-@torch.library.custom_op("vlmfix::contrast", mutates_args=())
+@operation("contrast")
 def contrast(
     x: Tensor, y: Tensor, weight: Tensor, base: Tensor | None, beta: Tensor | None, gate: Tensor | None,
     entropy_floor: float, temperature: Tensor | None,
@@ -195,7 +95,7 @@ def contrast(
     """`reference.contrast` without normalising (entropy_floor 0: none), then peak and mass of each block of scores."""
     branches, batch, n = y.shape
     blocks = triton.cdiv(n, BLOCK)
-    scores, peak, mass = _results(x)
+    scores, peak, mass = block_results(x)
     stat_x = stat_y = None
     if beta is not None or gate is not None:
         stat_x = x.new_empty(1, batch, blocks, 3, dtype=torch.float32)
@@ -204,7 +104,7 @@ def contrast(
         stat_y = x.new_empty(branches, batch, blocks, 3, dtype=torch.float32)
         _measure[(blocks, batch, branches)](y, stat_y, n, blocks, y.stride(0), y.stride(1), BV=BLOCK, num_warps=8)
     launches["contrast"] += 1
-    _score[(blocks, batch)](
+    score[(blocks, batch)](
         x, y, stat_x, stat_y, weight.contiguous(), base, beta, gate, temperature, scores, peak, mass, n, blocks,
         entropy_floor, x.stride(0), y.stride(0), y.stride(1), BRANCHES=branches, BASE=base is not None,
         BETA=beta is not None, GATE=gate is not None, ENTROPY=entropy_floor > 0, TEMPERATURE=temperature is not None,
@@ -215,40 +115,11 @@ def contrast(
 
 @contrast.register_fake
 def _(x, y, weight, base, beta, gate, entropy_floor, temperature):
-    return _results(x)
+    return block_results(x)
 
 
-@torch.library.custom_op("vlmfix::choose", mutates_args=())
-def choose(
-    scores: Tensor, peak: Tensor | None, mass: Tensor | None, temperature: Tensor | None, top_k: Tensor | None,
-    top_p: Tensor | None, u: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Tokens [B] as in `reference.choose`; peak and mass as `contrast` returns them, with the same temperature."""
-    batch, n = scores.shape
-    blocks = triton.cdiv(n, BLOCK)
-    token = torch.empty(batch, device=scores.device, dtype=torch.int64)
-    if peak is None or mass is None:
-        _, peak, mass = _results(scores)
-        _score[(blocks, batch)](
-            scores, scores, None, None, None, None, None, None, temperature, None, peak, mass, n, blocks, 0.0,
-            scores.stride(0), 0, 0, BRANCHES=0, BASE=False, BETA=False, GATE=False, ENTROPY=False,
-            TEMPERATURE=temperature is not None, WRITE=False, BV=BLOCK, NB=power_of_two(blocks), num_warps=8,
-        )  # fmt: skip
-    launches["choose"] += 1
-    _choose[(batch,)](
-        scores, peak, mass, temperature, top_k, top_p, u, token, n, blocks, scores.stride(0), DRAW=u is not None,
-        TEMPERATURE=temperature is not None, TOP_K=top_k is not None, TOP_P=top_p is not None, BV=BLOCK,
-        NB=power_of_two(blocks), num_warps=16,
-    )  # fmt: skip
-    return token
-
-
-@choose.register_fake
-def _(scores, peak, mass, temperature, top_k, top_p, u):
-    return scores.new_empty(scores.shape[0], dtype=torch.int64)
-
-
-def _results(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def block_results(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for scores [B, V] and the peak and mass [B, blocks] of their blocks."""
     batch, n = x.shape
     blocks = -(-n // BLOCK)
     scores = torch.empty(batch, n, device=x.device, dtype=torch.float32)

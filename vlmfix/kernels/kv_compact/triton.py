@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import launches, power_of_two
+from vlmfix.kernels.dispatch import launches, operation, power_of_two
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _compact(
     tl.store(OutV + line * DV + d[None, :], v, mask=here[:, None] & (d < DV)[None, :])
 
 
-@torch.library.custom_op("vlmfix::kv_compact", mutates_args=())
+@operation("kv_compact")
 def kv_compact(k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """As `reference.kv_compact`."""
     batch, n_kv, _, size = k.shape

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import launches, multiprocessors, must_cast, power_of_two, precision
+from vlmfix.kernels.dispatch import launches, multiprocessors, must_cast, operation, power_of_two, precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -120,7 +120,7 @@ def _column_mass(
     tl.store(Out + bh * n + j, acc, mask=here)
 
 
-@torch.library.custom_op("vlmfix::row_block", mutates_args=())
+@operation("row_block")
 def row_block(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, reduce: str, index: Tensor | None, q_pos: Tensor | None,
     start: Tensor | None, mask: Tensor | None, bias: Tensor | None,
@@ -158,7 +158,7 @@ def _(q, k, lse, scale, reduce, index, q_pos, start, mask, bias):
     return lse.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("vlmfix::column_mass", mutates_args=())
+@operation("column_mass")
 def column_mass(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, q_pos: Tensor | None, start: Tensor | None, mask: Tensor | None,
     weight: Tensor | None,
