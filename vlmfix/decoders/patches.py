@@ -104,10 +104,12 @@ class Patches(AnswerMethod):
     def _settled(self, whole: str, crops: Mapping[str, str]) -> Settled:
         kept, dropped, added = merge(whole, crops, self.agree, self.share, self.add)
         notes: dict[str, Any] = {"crops": len(crops)}
-        if not kept:
+        text = "".join(kept).strip()
+        if not words(text):
             return Settled(whole, {**notes, "inactive": APART})
         behind = [f"In the {place}: {sentence}" for place, sentence in added]
-        text = " ".join(["".join(kept).strip(), *behind])
+        if behind:
+            text += (" " if text.endswith((".", "!", "?")) else "\n") + " ".join(behind)
         return Settled(text, {**notes, "dropped": [sentence.strip() for sentence in dropped], "added": behind})
 
 
