@@ -32,6 +32,7 @@ def load(
     processor_kwargs: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     engine: str = "auto",
+    compile: bool = False,
     **from_pretrained: Any,
 ) -> FixedVLM:
     """Loads a checkpoint and wraps it.
@@ -46,7 +47,8 @@ def load(
         quantize: "4bit" or "8bit" (needs bitsandbytes).
         processor_kwargs: settings of the processor.
         trust_remote_code: run code that a checkpoint brings; off.
-        engine: as in `FixedVLM`.
+        engine: as in `FixedVLM`, like compile.
+        compile: compile the decoder's blocks before a step is captured.
         from_pretrained: further keywords of from_pretrained (quantization_config, max_memory, ...).
 
     Raises:
@@ -64,12 +66,18 @@ def load(
         trust_remote_code,
         from_pretrained,
     )
-    return FixedVLM(loaded, processor, recipe, engine)
+    return FixedVLM(loaded, processor, recipe, engine, compile)
 
 
-def wrap(model: nn.Module, processor: Any, recipe: Any = "greedy", engine: str = "auto") -> FixedVLM:
+def wrap(
+    model: nn.Module,
+    processor: Any,
+    recipe: Any = "greedy",
+    engine: str = "auto",
+    compile: bool = False,
+) -> FixedVLM:
     """Wraps a loaded model; see `FixedVLM`."""
-    return FixedVLM(model, processor, recipe, engine)
+    return FixedVLM(model, processor, recipe, engine, compile)
 
 
 @contextlib.contextmanager

@@ -89,6 +89,8 @@ class AttentionMethod(Method):
     """Whether it takes notes on generated tokens, which must move with beams."""
     replans_here: ClassVar[bool] = False
     """Whether what it sees of a layer changes the plans of that layer alone."""
+    watches_steps: ClassVar[bool] = True
+    """Whether it looks at the attention of generated tokens; false where it has seen enough in the prompt."""
     vision_layers: ClassVar[tuple[int, ...]] = ()
     """Layers of the vision tower (negative from the end) whose class-token attention it reads."""
 

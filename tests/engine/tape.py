@@ -8,7 +8,7 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", 
 """Operations that read a value on the host, size their output by values, or bring a tensor from the host."""
 
 
-class Waits(RuntimeError):
+class WaitError(RuntimeError):
     """An operation that no graph can hold."""
 
 
@@ -27,9 +27,9 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if name in WAITING:
-            raise Waits(name)
+            raise WaitError(name)
         if name == "_to_copy" and kwargs.get("device") is not None:
-            raise Waits("copy between devices")
+            raise WaitError("copy between devices")
         out = func(*args, **kwargs)
         taken = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]

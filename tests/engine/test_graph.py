@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
 from vlmfix import registry
-from vlmfix.engine import graph, sessions
+from vlmfix.engine import compiling, graph, sessions
 from vlmfix.errors import UsageError
 from vlmfix.hf.families import FAMILIES as TABLE_OF_FAMILIES
 from vlmfix.method import DecodingMethod
@@ -279,7 +279,7 @@ def test_few_captured_steps_are_kept_and_close_frees_them():
 
 
 def test_no_such_engine():
-    with pytest.raises(UsageError, match="engine='fast'.*'graph'"):
+    with pytest.raises(UsageError, match=r"engine='fast'.*'graph'"):
         vlmfix.wrap(lab.under("llava").model, None, "greedy", engine="fast")
 
 
@@ -291,3 +291,35 @@ def test_auto_is_the_loop_on_a_cpu():
 
 def test_every_method_is_accounted_for():
     assert {row.name for row in registry.ROWS} >= ELSEWHERE
+
+
+@pytest.mark.parametrize("recipe", ["greedy", "pai", "gift", "vhr", TABLE["vcd"].full, "dola(beta=0)", "sid(beta=0)"])
+def test_compiled_blocks_give_what_the_loop_gives(recipe, monkeypatch):
+    monkeypatch.setitem(compiling.SETTINGS, "backend", "aot_eager")
+    monkeypatch.delitem(sessions.RECORDERS, "cpu")
+    rows = (1, 2)
+    inputs = lab.under("llava").inputs(rows)
+    with vlmfix.wrap(lab.under("llava").model, None, recipe, engine="graph", compile=True) as vlm:
+        got = lab.trace(vlm.generate, inputs, max_new_tokens=NEW)
+        assert vlm.report["engine"]["compiled"], vlm.report["engine"]
+    lab.assert_same(got, lab.fixed("llava", recipe, rows, max_new_tokens=NEW), 5e-5)
+    assert not any("forward" in vars(block) for block in vlm.parts.blocks.values())
+
+
+def test_what_does_not_compile_runs_as_it_is(monkeypatch, caplog):
+    monkeypatch.setitem(compiling.SETTINGS, "backend", "no-such-backend")
+    inputs = lab.under("llava").inputs((1,))
+    with (
+        caplog.at_level(logging.WARNING, "vlmfix"),
+        vlmfix.wrap(lab.under("llava").model, None, "pai", engine="graph", compile=True) as vlm,
+    ):
+        got = lab.trace(vlm.generate, inputs, max_new_tokens=NEW)
+    lab.assert_same(got, lab.fixed("llava", "pai", (1,), max_new_tokens=NEW), 5e-5)
+    report = vlm.report["engine"]
+    assert (report["captured"], report["compiled"]) == (True, False)
+    assert "cannot be compiled" in caplog.text
+
+
+def test_compiling_needs_the_engine():
+    with pytest.raises(UsageError, match="compile=True"):
+        vlmfix.wrap(lab.under("llava").model, None, "pai", engine="hf", compile=True)

@@ -81,6 +81,12 @@ class Compiled:
         return frozenset().union(*(method.watches(self.facts.depth) for method in self.attention))
 
     @cached_property
+    def stepwise_layers(self) -> frozenset[int]:
+        """Layers whose attention some method looks at in every step."""
+        stepwise = (method.watches(self.facts.depth) for method in self.attention if method.watches_steps)
+        return frozenset().union(*stepwise)
+
+    @cached_property
     def without_pictures(self) -> View | None:
         """How a prompt reads without pictures, where some method's head rules compare the two."""
         return next((view for method in self.attention if (view := method.without_pictures())), None)

@@ -120,6 +120,11 @@ class Layers:
         }
 
     @property
+    def plans(self) -> dict[int, tuple[Plan, ...]]:
+        """What each layer follows."""
+        return self._plans
+
+    @property
     def _changes(self) -> tuple[dict[int, Any], ...]:
         """What is asked of layers where anything is."""
         return tuple({layer: on for layer, on in asked.items() if on} for asked in (self._plans, self._heads))
@@ -151,7 +156,7 @@ class Layers:
         Plans are made at the first visit, at every prefill chunk for methods that read hidden states, and whenever a
         method that watches attention asks for it.
         """
-        if layer in self.compiled.watched_layers:
+        if layer in (self.compiled.watched_layers if self._prefilling else self.compiled.stepwise_layers):
             self._watch(layer, look)
         if layer not in self._plans or layer in self._hidden:
             self._build(layer, look.query)
@@ -159,6 +164,8 @@ class Layers:
 
     def _watch(self, layer: int, look: Look) -> None:
         for i, method in enumerate(self.compiled.attention):
+            if not self._prefilling and not method.watches_steps:
+                continue
             if i in self._acting and layer in method.watches(self.compiled.facts.depth):
                 context = self.context(i, layer, look.query, False)
                 glance = Glance(context, look.query, look.key, look.rows, look.k_pos, look.value)

@@ -241,9 +241,11 @@ class Request:
             return self._branches.standing()
         return valid, valid.long().sum(1, keepdim=True) - 1 if self._last is None else self._last
 
-    def settle(self, capacity: int) -> None:
+    def settle(self, frame: Frame, capacity: int) -> None:
         """Ends the prefill for good: plans for a cache of `capacity` slots, inputs let go."""
         self.layers.settle(capacity)
+        if not self.compiled.stepwise_layers:
+            frame.prepare(self.layers.plans, self.compiled.facts.heads)
         self.inputs = {}
         if self._branches is not None:
             self._branches.joint = replace(self._branches.joint, inputs={})
@@ -328,8 +330,8 @@ class Request:
                 self._class_rows[wanted] = encoding.notes()[wanted] = class_row(attention, hidden)
 
     def watches(self, layer: int) -> bool:
-        """Whether any method looks at a layer's attention."""
-        return layer in self.compiled.watched_layers
+        """Whether any method looks at a layer's attention in every step."""
+        return layer in self.compiled.stepwise_layers
 
     def visit(self, layer: int, look: Look) -> tuple[tuple[Plan, ...], int]:
         """Plans of a layer and the first query position any of them changes."""

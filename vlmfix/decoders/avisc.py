@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from vlmfix.plan import Plan
 @dataclass(frozen=True)
 class LastRowAttention(AttentionMethod):
     """Notes, at the prefill, how much the last prompt token attends each prompt token, per layer, mean over heads."""
+
+    watches_steps: ClassVar[bool] = False
 
     def acts_on(self, depth: int) -> tuple[int, ...]:
         """Nowhere: it only looks."""

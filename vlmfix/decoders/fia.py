@@ -49,6 +49,7 @@ class FIA(AttentionMethod):
     """
 
     scales_scores: ClassVar[bool] = True
+    watches_steps: ClassVar[bool] = False
     vision_layers: ClassVar[tuple[int, ...]] = (0, -2)
 
     alpha: float = 0.7

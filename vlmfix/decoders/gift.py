@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class GIFT(AttentionMethod):
         max_weight: cap on exp(alpha s); none by default, and at alpha = 5 weights reach 148.
         max_gain: cap on r; none by default.
     """
+
+    watches_steps: ClassVar[bool] = False
 
     alpha: float = 5.0
     saliency_layers: LayerSpec = (0.34375, 0.375)

@@ -45,6 +45,7 @@ class VAF(AttentionMethod):
     """
 
     scales_scores: ClassVar[bool] = True
+    watches_steps: ClassVar[bool] = False
     prefix_plain: ClassVar[bool] = True
 
     alpha: float = 0.15

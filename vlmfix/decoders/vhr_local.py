@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class VHRLocal(AttentionMethod):
         second_layer: whether layer 1 is reinforced as well.
         outliers: whether heads that would say more without the picture are left out.
     """
+
+    watches_steps: ClassVar[bool] = False
 
     alpha: float = 2.0
     layers: LayerSpec = (0.5625, 1.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlmfix import registry
 from vlmfix.attention.compiled import Compiled
 from vlmfix.attention.request import Request
+from vlmfix.engine.compiling import Blocks
 from vlmfix.engine.sessions import Session
 from vlmfix.errors import UsageError
 from vlmfix.hf import hooks, slots, stepping
@@ -45,15 +46,19 @@ class Engine:
 
     Args:
         kind: "hf", "graph", or "auto" for the second on a GPU and the first elsewhere.
+        compile: whether decoder blocks go through torch.compile before a step is captured.
 
     Raises:
         UsageError: no such engine.
     """
 
-    def __init__(self, kind: str = "auto") -> None:
+    def __init__(self, kind: str = "auto", compile: bool = False) -> None:
         if kind not in ENGINES:
             raise UsageError(f"engine={kind!r}: give {', '.join(map(repr, ENGINES))}")
-        self.kind = kind
+        if compile and kind == "hf":
+            raise UsageError("compile=True: only captured steps are compiled; choose engine='graph' or 'auto'")
+        self.kind, self.compile = kind, compile
+        self._blocks: Blocks | None = None
         self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
         self._unfit = ""
         self._lock = threading.Lock()
@@ -130,7 +135,8 @@ class Engine:
                 session.take(drawn)
                 output.note(session.scores, processed)
             steps += 1
-        self.report |= {"steps": steps, "captured": session.captured, "capture_seconds": session.capture_seconds}
+        self.report |= {"steps": steps, "captured": session.captured, "compiled": session.compiled}
+        self.report["capture_seconds"] = 0.0 if self.report["reused"] else session.capture_seconds
         if session.reason:
             self.report["reason"] = session.reason
         return output.result()
@@ -151,7 +157,9 @@ class Engine:
         self._sessions.pop(key, None)
         while len(self._sessions) >= KEPT:
             self._sessions.popitem(last=False)
-        self._sessions[key] = Session(parts, request, task, prefilled, capacity)
+        if self.compile and self._blocks is None:
+            self._blocks = Blocks(parts)
+        self._sessions[key] = Session(parts, request, task, prefilled, capacity, self._blocks)
         return self._sessions[key]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.request import Request
+from vlmfix.engine.compiling import Blocks
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.slots import MARK, Frame, SlotCache
 from vlmfix.hf.stepping import Choice, Prefilled, Task
@@ -29,17 +30,26 @@ class Session:
         task: the call it is made for.
         prefilled: its prompt.
         capacity: slots of the cache.
+        blocks: compiles the decoder blocks before the step is captured; None to leave them as they are.
     """
 
-    def __init__(self, parts: Parts, request: Request, task: Task, prefilled: Prefilled, capacity: int) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        request: Request,
+        task: Task,
+        prefilled: Prefilled,
+        capacity: int,
+        blocks: Blocks | None = None,
+    ) -> None:
         valid, positions = request.standing(prefilled.valid)
         device = valid.device
-        self.parts, self.request = parts, request
+        self.parts, self.request, self._blocks = parts, request, blocks
         self.choice = Choice(task)
         self.capacity = capacity
         self.capture_seconds = 0.0
         self.reason = ""
-        self.captured = False
+        self.captured = self.compiled = False
         self._replay: Callable[[], None] | None = None
         self._copies = request.copies
         self._ends, self._fill = task.ends, task.fill
@@ -57,7 +67,7 @@ class Session:
         self._uniforms = None if count is None else torch.empty_like(count)
         self._mark = MARK.to(device)
         self.scores = torch.empty(0)
-        request.settle(capacity)
+        request.settle(self.frame, capacity)
         request.frame = self.frame
 
     def fits(self, request: Request) -> bool:
@@ -66,7 +76,7 @@ class Session:
             return True
         if self.request.replanned:
             return False
-        request.settle(self.capacity)
+        request.layers.settle(self.capacity)
         return self.request.overwrite(request)
 
     def start(self, request: Request, task: Task, prefilled: Prefilled, token: Tensor) -> None:
@@ -143,23 +153,35 @@ class Session:
 
     def _captured(self) -> Callable[[], None]:
         """The step as one replayable graph where that is possible; itself otherwise."""
-        recorder = RECORDERS.get(self._tokens.device.type)
-        if recorder is None:
-            return self._advance
         started = time.perf_counter()
         frame = self.frame
         clock = [frame.slot, frame.number, self._positions, self._cursor, self._lived, self._tokens, self._done]
         before = [t.clone() for t in clock]
-        try:
-            replay = recorder(self._advance, lambda: _restore(clock, before))
-            self.captured = True
-        except Exception as error:
-            _restore(clock, before)
-            self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            _LOG.warning("this step cannot be captured in a graph and runs without one: %s", self.reason)
-            replay = self._advance
+        recorder = RECORDERS.get(self._tokens.device.type)
+        forms = [self._advance] if self._blocks is None else [self._compiled, self._advance]
+        replay = forms[-1]
+        for form in forms:
+            try:
+                if recorder is not None:
+                    replay, self.captured = recorder(form, lambda: _restore(clock, before)), True
+                elif form == self._compiled:
+                    form()
+                    replay = form
+                self.compiled = form == self._compiled
+                break
+            except Exception as error:
+                kind = "compiled" if form == self._compiled else "captured in a graph"
+                self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                _LOG.warning("this step cannot be %s and runs without that: %s", kind, self.reason)
+            finally:
+                _restore(clock, before)
         self.capture_seconds = time.perf_counter() - started
         return replay
+
+    def _compiled(self) -> None:
+        assert self._blocks is not None
+        with self._blocks.compiled():
+            self._advance()
 
 
 def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:

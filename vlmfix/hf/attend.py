@@ -216,8 +216,11 @@ def _attend_slots(
 ) -> Tensor:
     """One step of a cache of fixed size: [B, 1, H, Dv]; every layer runs as grouped attention, which reads no mask."""
     seen = frame.seen(layer)
-    mask = seen.mask() if request.watches(layer) else None
-    plans, _ = request.visit(layer, Look(query, key, value, mask, scale, frame.slot, how, seen.k_pos))
+    if layer in frame.plans:
+        plans, packed = frame.plans[layer]
+    else:
+        mask, packed = seen.mask() if request.watches(layer) else None, None
+        plans, _ = request.visit(layer, Look(query, key, value, mask, scale, frame.slot, how, seen.k_pos))
     out = grouped_attention(
         query,
         key,
@@ -229,6 +232,7 @@ def _attend_slots(
         seen.k_pos,
         consecutive=seen.consecutive,
         spans=(seen.low, seen.high),
+        packed=packed,
         **how,
     )
     return request.finish(layer, out.transpose(1, 2).contiguous())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from vlmfix.kernels.grouped_attention import prepared
+from vlmfix.kernels.grouped_attention.pack import Packed
 from vlmfix.layout import NEVER
 from vlmfix.plan import Plan
 
@@ -154,7 +156,19 @@ class Frame:
         self.cache, self.slot, self.start, self.number = cache, slot, start, number
         never = torch.full_like(start[:, 0], NEVER)
         self.nothing = Plan(torch.zeros(len(start), 1, dtype=torch.uint8, device=start.device), 1, never)
+        self.plans: dict[int, tuple[tuple[Plan, ...], Packed | None]] = {}
         self._seen: dict[int | None, Seen] = {}
+
+    def prepare(self, plans: Mapping[int, tuple[Plan, ...]], heads: Mapping[int, int]) -> None:
+        """Fixes the plans of layers once and for all.
+
+        Args:
+            plans: of each layer.
+            heads: layer -> H.
+        """
+        for layer, on in plans.items():
+            cached, on = self.cache.layers[layer], on or (self.nothing,)
+            self.plans[layer] = on, prepared(cached.keys, cached.values, on, heads[layer])
 
     def begin(self) -> None:
         """A step begins: what is seen is worked out once for all layers of one kind."""
