@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.shapes import Shape
@@ -106,33 +106,36 @@ def order(shape: Shape, engines: Sequence[str], gpu: bool) -> list[Case]:
     rest = [row.name for kind in KINDS for row in registry.ROWS if row.kind == kind]
     rest = [name for name in rest if name not in (*FIRST, *LAST)]
 
-    def ours(prompt: int, batch: int, names: Iterable[str], again: bool = False) -> Iterator[Case]:
-        return (Case(prompt, batch, name, engine, again) for name in names for engine in engines)
+    def ours(names: Iterable[str], prompt: int = usual, batch: int = one, only: str = "") -> list[Case]:
+        chosen = [engine for engine in engines if only in ("", engine)]
+        return [Case(prompt, batch, name, engine) for name in names for engine in chosen]
 
-    def others(prompt: int, batch: int, *names: str) -> Iterator[Case]:
-        return (Case(prompt, batch, name) for name in names)
+    def others(*names: str, prompt: int = usual, batch: int = one) -> list[Case]:
+        return [Case(prompt, batch, name) for name in names if gpu or name != STATIC]
 
-    def compiled(names: Iterable[str]) -> Iterator[Case]:
-        return (Case(usual, one, name, "graph+compile") for name in names if gpu and "graph" in engines)
+    def compiled(names: Iterable[str]) -> list[Case]:
+        return [Case(usual, one, name, "graph+compile") for name in names if gpu and "graph" in engines]
 
     def main(prompt: int, batch: int) -> list[Case]:
-        return [*others(prompt, batch, SDPA), *ours(prompt, batch, LONG), *others(prompt, batch, TWO)]
+        start, end = (others(name, prompt=prompt, batch=batch) for name in (SDPA, TWO))
+        return [*start, *ours(LONG, prompt, batch), *end]
 
-    def others_of_cell(batch: int) -> list[Case]:
+    def last(batch: int) -> list[Case]:
         searching = [Case(usual, batch, name, "hf") for name in ("opera", GOING_BACK)]
-        last = [*others(usual, batch, BEAMS), *searching, Case(usual, batch, SDPA, again=True)]
-        return [*ours(usual, batch, (*rest, "sgrs")), *last, *ours(usual, batch, ("greedy",), True)]
+        plain = [*others(SDPA, batch=batch), *ours(["greedy"], batch=batch)]
+        again = [replace(case, again=True) for case in plain]
+        return [*ours(["sgrs"], batch=batch), *others(BEAMS, batch=batch), *searching, *again]
 
-    out = [*others(usual, one, SDPA), *ours(usual, one, ("greedy",)), *(others(usual, one, STATIC) if gpu else ())]
-    out += [*ours(usual, one, FIRST), *others(usual, one, TWO), *compiled(LONG), *others(usual, one, EAGER, WEIGHTS)]
-    out += others_of_cell(one)
+    out = [*others(SDPA), *ours(["greedy"]), *others(STATIC), *ours(FIRST), *others(TWO), *compiled(LONG)]
+    out += [*others(EAGER, WEIGHTS), *ours(rest, only="graph"), *last(one)]
     for batch in larger:
         out += main(usual, batch)
     for prompt in longer:
         out += main(prompt, one)
+    out += ours(rest, only="hf")
     for batch in larger:
-        out += [*ours(usual, batch, ("pai", "gift")), *others(usual, batch, *([STATIC] if gpu else []), EAGER, WEIGHTS)]
-        out += others_of_cell(batch)
+        out += [*ours(FIRST[2:], batch=batch), *others(STATIC, EAGER, WEIGHTS, batch=batch)]
+        out += [*ours(rest, batch=batch, only="graph"), *last(batch), *ours(rest, batch=batch, only="hf")]
     for prompt in longer:
         out += [case for batch in larger for case in main(prompt, batch)]
     return [*out, *compiled((*FIRST[2:], *rest))]
