@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import INTERPRETED, launches, operation, power_of_two
+from vlmfix.kernels.dispatch import INTERPRETED, ceil_div, launches, operation, power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(float("-inf"))
@@ -94,7 +94,7 @@ def contrast(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.contrast` without normalising (entropy_floor 0: none), then peak and mass of each block of scores."""
     branches, batch, n = y.shape
-    blocks = triton.cdiv(n, BLOCK)
+    blocks = ceil_div(n, BLOCK)
     scores, peak, mass = block_results(x)
     stat_x = stat_y = None
     if beta is not None or gate is not None:

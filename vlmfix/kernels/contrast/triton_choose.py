@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmfix.kernels.contrast.triton import BLOCK, LOG2E, NEVER, block_results, score
-from vlmfix.kernels.dispatch import INTERPRETED, launches, operation, power_of_two
+from vlmfix.kernels.dispatch import INTERPRETED, ceil_div, launches, operation, power_of_two
 
 NEAR = 10.0
 """Scores this many nats (at temperature 1) below the best are collected."""
@@ -230,7 +230,7 @@ def choose(
 ) -> Tensor:  # fmt: skip
     """Tokens [B] as in `reference.choose`; peak and mass as `contrast` returns them, with the same temperature."""
     batch, n = scores.shape
-    blocks = triton.cdiv(n, BLOCK)
+    blocks = ceil_div(n, BLOCK)
     token = torch.empty(batch, device=scores.device, dtype=torch.int64)
     if peak is None or mass is None:
         _, peak, mass = block_results(scores)

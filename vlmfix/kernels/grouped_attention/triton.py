@@ -7,12 +7,14 @@ lie in one tile. Every split writes maximum, sum and unnormalised output of each
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import INTERPRETED, launches, multiprocessors, operation, power_of_two
+from vlmfix.kernels.dispatch import INTERPRETED, ceil_div, launches, multiprocessors, operation, power_of_two
 from vlmfix.kernels.grouped_attention.arguments import common
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -222,7 +224,7 @@ def grouped_split(
     acc = torch.empty(batch, n_kv, splits, rows, v.shape[3], device=q.device, dtype=torch.float32)
     stat = torch.empty(2, batch, n_kv, splits, rows, device=q.device, dtype=torch.float32)
     launches["grouped_split"] += 1
-    _split[(splits, triton.cdiv(rows, config["M"]), batch * n_kv)](
+    _split[(splits, ceil_div(rows, config["M"]), batch * n_kv)](
         *leading, acc, stat, splits, R=kinds, WEIGHTS=key_weight is not None, **constants, **config
     )
     return acc, stat
@@ -238,13 +240,19 @@ def _(q, k, v, mask, q_pos, k_pos, low, high, groups, active, tables, key_slope,
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, kinds: int) -> tuple[int, int, dict[str, int]]:
     """Tile rows, number of splits and launch configuration."""
-    batch, heads, queries, size = q.shape
-    n_kv, keys = k.shape[1], k.shape[2]
+    return _choice(*q.shape, *k.shape[1:3], v.shape[3], kinds, q.element_size(), multiprocessors(q.device.index))
+
+
+@cache
+def _choice(
+    batch: int, heads: int, queries: int, size: int, n_kv: int, keys: int, size_v: int, kinds: int, bytes_each: int,
+    processors: int,
+) -> tuple[int, int, dict[str, int]]:  # fmt: skip
     rows = queries * (heads // n_kv) * kinds
-    wide = max(size, v.shape[3]) * q.element_size()
-    tile = power_of_two(min(rows, 64 if q.element_size() == 2 else 32), 16)
+    wide = max(size, size_v) * bytes_each
+    tile = power_of_two(min(rows, 64 if bytes_each == 2 else 32), 16)
     step = 16 if INTERPRETED else max(16, min(64, 16384 // power_of_two(wide)))
-    slots = 3 * multiprocessors(q.device.index)
-    work = batch * n_kv * triton.cdiv(rows, tile)
-    splits = max(1, min(triton.cdiv(keys, step), max(slots // work, min(4 * slots // work, keys // 512))))
+    slots = 3 * processors
+    work = batch * n_kv * ceil_div(rows, tile)
+    splits = max(1, min(ceil_div(keys, step), max(slots // work, min(4 * slots // work, keys // 512))))
     return rows, splits, {"M": tile, "N": step, "num_warps": 4, "num_stages": 3 if wide <= 256 else 2}

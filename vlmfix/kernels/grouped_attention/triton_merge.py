@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import launches, operation, power_of_two
+from vlmfix.kernels.dispatch import ceil_div, launches, operation, power_of_two
 from vlmfix.kernels.grouped_attention.triton import LOG2E
 from vlmfix.kernels.rules.triton import RULES
 
@@ -292,7 +292,7 @@ def _launch(
     if splits == 1 and queries > 1 and not pooled:
         wide = power_of_two(size, 16)
         rows = min(power_of_two(queries), max(1, 4096 // wide))
-        _merge_rows[(triton.cdiv(queries, rows), batch * heads)](*pointers, *numbers, QB=rows, DB=wide, **constants)
+        _merge_rows[(ceil_div(queries, rows), batch * heads)](*pointers, *numbers, QB=rows, DB=wide, **constants)
         return
     pool = power_of_two(heads) if pooled else 1
     part = min(power_of_two(size, 16), 64)
@@ -302,4 +302,4 @@ def _launch(
         "HB": pool,
         "DB": part,
     }
-    _merge[(batch * heads * queries, triton.cdiv(size, part))](*pointers, *numbers, **constants)
+    _merge[(batch * heads * queries, ceil_div(size, part))](*pointers, *numbers, **constants)

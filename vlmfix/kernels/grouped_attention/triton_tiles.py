@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import INTERPRETED, launches, multiprocessors, operation, power_of_two
+from vlmfix.kernels.dispatch import INTERPRETED, ceil_div, launches, multiprocessors, operation, power_of_two
 from vlmfix.kernels.grouped_attention.arguments import common
 from vlmfix.kernels.grouped_attention.triton import LOG2E, member, visible
 from vlmfix.kernels.grouped_attention.triton_merge import no_rule, row_weights
@@ -328,7 +328,7 @@ def grouped_tiles(
     batch, heads, queries, _ = q.shape
     kinds, splits, finish, config = _shapes(q, k, v, n_groups, key_weight is not None, direct, rule)
     acc, stat, out = _results(q, k, v, kinds, splits, finish)
-    items = batch * heads * triton.cdiv(queries, config["M"])
+    items = batch * heads * ceil_div(queries, config["M"])
     order = ranks = counter = scratch = None
     tiles, programs = 0, items
     if groups is not None and (kinds > 1 or tables is not None) and roll_start is None:
@@ -362,8 +362,8 @@ def _shapes(
     """Kinds, splits of the keys, whether the kernel writes the output, and the launch configuration."""
     kinds = 1 if direct else n_groups * (2 if weighted else 1)
     config = _config(q, k, v)
-    items = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], config["M"])
-    splits = _splits(items, triton.cdiv(k.shape[2], config["N"]), multiprocessors(q.device.index))
+    items = q.shape[0] * q.shape[1] * ceil_div(q.shape[2], config["M"])
+    splits = _splits(items, ceil_div(k.shape[2], config["N"]), multiprocessors(q.device.index))
     return kinds, splits, splits == 1 and (direct or (rule != "" and not weighted)), config
 
 
@@ -388,7 +388,7 @@ def _config(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     wide = max(size, v.shape[-1]) * q.element_size()
     exact = q.element_size() == 4  # float32 tiles of 128 rows and three stages exceed the shared memory of sm_90
     most = (64 if exact else 128) if wide <= 256 else 32 if exact else 64
-    if batch * heads * triton.cdiv(queries, most) < 3 * multiprocessors(q.device.index):
+    if batch * heads * ceil_div(queries, most) < 3 * multiprocessors(q.device.index):
         most = min(most, 64)  # few blocks: smaller ones spread better
     rows = power_of_two(min(queries, most), 16)
     return {

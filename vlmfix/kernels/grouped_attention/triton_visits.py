@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import power_of_two
+from vlmfix.kernels.dispatch import ceil_div, power_of_two
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def visits(
         either sort come before tile t; a counter at zero [1] int32; and T. Line G has no whole tiles, but all mixed.
     """
     batch, keys, device = groups.shape[0], k_pos.shape[0], groups.device
-    tiles = triton.cdiv(keys, step)
+    tiles = ceil_div(keys, step)
     lines = batch * (n_groups + 1)
     order = torch.empty(lines * 2 * tiles + 1, dtype=torch.int32, device=device)
     ranks = torch.empty(lines, 2, tiles + 1, dtype=torch.int32, device=device)

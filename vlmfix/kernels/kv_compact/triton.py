@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import launches, operation, power_of_two
+from vlmfix.kernels.dispatch import ceil_div, launches, operation, power_of_two
 
 
 @triton.jit
@@ -41,7 +40,7 @@ def kv_compact(k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     wide = power_of_two(max(size, size_v), 16)
     step = max(1, 4096 // wide)
     launches["kv_compact"] += 1
-    _compact[(triton.cdiv(n, step), batch * n_kv)](
+    _compact[(ceil_div(n, step), batch * n_kv)](
         k, v, keep, *out, n_kv, n, *k.stride()[:3], *v.stride()[:3], keep.stride(0),
         0 if keep.ndim == 2 else keep.stride(1), D=size, DV=size_v, BD=wide, N=step, num_warps=4,
     )  # fmt: skip

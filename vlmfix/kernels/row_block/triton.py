@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import launches, multiprocessors, must_cast, operation, power_of_two, precision
+from vlmfix.kernels.dispatch import ceil_div, launches, multiprocessors, must_cast, operation, power_of_two, precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -133,10 +133,10 @@ def row_block(
     tall = 64 if q.element_size() == 2 else 32
     row_block = min(power_of_two(rows, max(1, 16 // shared_block)), max(1, tall // shared_block))
     step = max(16, min(64, 16384 // power_of_two(q.shape[3] * q.element_size())))
-    grid = triton.cdiv(n, step), triton.cdiv(rows, row_block)
-    fill = triton.cdiv(2 * multiprocessors(q.device.index), grid[0] * grid[1] * batch)
-    chunk = triton.cdiv(n_kv, min(n_kv, fill)) if reduce else 1
-    parts = triton.cdiv(n_kv, chunk)
+    grid = ceil_div(n, step), ceil_div(rows, row_block)
+    fill = ceil_div(2 * multiprocessors(q.device.index), grid[0] * grid[1] * batch)
+    chunk = ceil_div(n_kv, min(n_kv, fill)) if reduce else 1
+    parts = ceil_div(n_kv, chunk)
     out = lse.new_empty(batch, parts if reduce else heads, rows, n, dtype=torch.float32)
     launches["row_block"] += 1
     _row_block[(*grid, batch * parts)](
@@ -169,7 +169,7 @@ def column_mass(
     out = lse.new_empty(batch, heads, n, dtype=torch.float32)
     launches["column_mass"] += 1
     wide = size * q.element_size()
-    _column_mass[(triton.cdiv(n, 64 if wide <= 256 else 32), batch * heads)](
+    _column_mass[(ceil_div(n, 64 if wide <= 256 else 32), batch * heads)](
         *_pointers(q, k, lse, q_pos, start, mask), weight, out, scale, heads, n_kv, queries, n,
         *_strides(q, k, q_pos, mask), SHARED=heads // n_kv, M=min(power_of_two(queries, 16), 64 if wide <= 256 else 32),
         N=64 if wide <= 256 else 32, WEIGHT=weight is not None, **_constants(q, q_pos, start, mask),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import launches, multiprocessors, must_cast, operation, power_of_two, precision
+from vlmfix.kernels.dispatch import ceil_div, launches, multiprocessors, must_cast, operation, power_of_two, precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -179,7 +179,7 @@ def saliency_row(
     block = power_of_two(count + 1, max(1, 16 // block_shared))
     tall = block * block_shared
     step = 32 if max(size, size_v) * tall <= 8192 else 16
-    splits = max(1, min(triton.cdiv(keys, step), 32, 2 * multiprocessors(q.device.index) // (batch * n_kv)))
+    splits = max(1, min(ceil_div(keys, step), 32, 2 * multiprocessors(q.device.index) // (batch * n_kv)))
     part = torch.empty(batch, n_kv, count, keys, device=q.device, dtype=torch.float32)
     acc = torch.empty(batch, n_kv, splits, count + 1, shared, size, device=q.device, dtype=torch.float32)
     total = torch.empty(batch, n_kv, splits, count + 1, shared, device=q.device, dtype=torch.float32)
@@ -208,7 +208,7 @@ def saliency_row(
         num_warps=8 if tall >= 64 else 4, **constants,
     )  # fmt: skip
     grads = batch * n_kv * count
-    _finish[(grads + batch * count * triton.cdiv(keys, 128),)](
+    _finish[(grads + batch * count * ceil_div(keys, 128),)](
         q, k, v, lse, d_out, own, start, bias, part, acc, total, *results, scale, heads, n_kv, keys, splits, grads,
         *strides, CHUNK=min(power_of_two(splits), max(1, 4096 // (block_shared * constants["BD"]))),
         HB=min(power_of_two(n_kv), 32), N=128, num_warps=4, **constants,
