@@ -15,7 +15,7 @@ from vlmfix.kernels.grouped_attention.parts import group_outputs
 from vlmfix.plan import Plan
 
 if has_triton():
-    from vlmfix.kernels.grouped_attention import evaluate, triton_tiles
+    from vlmfix.kernels.grouped_attention import evaluate, tiles
 
 SPLIT = ("grouped_split", "grouped_merge")
 FORMS = {"split": (1 << 20, 0), "tiles": (0, 1), "parts": (0, 3)}
@@ -26,7 +26,7 @@ def use(form: str, monkeypatch) -> None:
     """Makes `evaluate` take this form."""
     rows, splits = FORMS[form]
     monkeypatch.setattr(evaluate, "SPLIT_ROWS", rows)
-    monkeypatch.setattr(triton_tiles, "_splits", lambda *_: splits)
+    monkeypatch.setattr(tiles, "_splits", lambda *_: splits)
 
 
 def compare(place: Place, plans: list[Plan], q, k, v, form: str, monkeypatch, near=None, **kw) -> None:
@@ -206,7 +206,7 @@ def test_long_prefill_runs_in_chunks(place, monkeypatch):
 
 def test_programs_take_blocks_one_after_another(place, monkeypatch):
     """Fewer programs than blocks of rows, each with a scratch for the parts that wait for the rule."""
-    monkeypatch.setattr(triton_tiles, "multiprocessors", lambda _: 1)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda _: 1)
     queries = place(70, 700)
     q, k, v = tensors(place, 2, 2, 1, queries, queries, 16)
     plans = make("redistribute", place, 2, 2, queries)

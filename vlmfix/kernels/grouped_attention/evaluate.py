@@ -11,9 +11,9 @@ from torch import Tensor
 from vlmfix.kernels.dispatch import rows_contiguous
 from vlmfix.kernels.grouped_attention import pack as packing
 from vlmfix.kernels.grouped_attention.pack import Packed
+from vlmfix.kernels.grouped_attention.tiles import grouped_tiles
 from vlmfix.kernels.grouped_attention.triton import grouped_split
 from vlmfix.kernels.grouped_attention.triton_merge import grouped_masses, grouped_merge
-from vlmfix.kernels.grouped_attention.triton_tiles import grouped_tiles
 from vlmfix.kernels.rules import fused_form
 from vlmfix.plan import Plan
 
