@@ -10,8 +10,8 @@ import torch
 
 from vlmfix.hf.parts import Parts
 
-SETTINGS: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-"""Keywords of torch.compile."""
+SETTINGS: dict[str, Any] = {"dynamic": False}
+"""Keywords of torch.compile; a block is one graph, but for hooks that others left on its parts."""
 
 FORMS = 16
 """Most forms of a block that are compiled for each layer: shapes of batches, kinds of plans."""
