@@ -38,7 +38,7 @@ FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "internvl", "idefic
 TIE = 1e-4
 """Logits that are closer than this may change places by rounding."""
 RECIPES = ("greedy", "var", "vcd")
-NEW = 16
+NEW = 12
 """Tokens of the tiny models' answers."""
 PAIRS = ((("hf", 64), ("graph", 64)), (("hf", 64), ("hf", 1)), (("graph", 64), ("graph", 1)), (("hf", 1), ("graph", 1)))
 """What is compared: (engine, batch size) with another."""

@@ -169,9 +169,8 @@ def measured(bench: Bench, case: Case, report: dict[str, Any]) -> bool:
         row["error"], alive = f"the device was lost: {error}"[:600], False
     row["seconds"] = time.perf_counter() - begun
     same = ("prompt", "batch", "row")
-    if "error" in row or "ms_per_token" not in row or not case.plain:
-        report["rows"] = [r for r in report["rows"] if any(r[key] != row[key] for key in same)]
-    report["rows"].append(row)
+    others = [r for r in report["rows"] if any(r[key] != row[key] for key in same) or (case.plain and "error" not in r)]
+    report["rows"] = [*others, row]
     shown = row.get("note", "")
     if "ms_per_token" in row:
         shown = f"{row['ms_per_token']:8.2f} ms/token {row['prefill_ms']:8.1f} ms prefill {shown}"
