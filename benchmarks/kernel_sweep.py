@@ -1,95 +1,143 @@
-"""Tries launch configurations of grouped attention and prints the fastest; the kernels' own choice is edited by hand.
+"""Tries launch configurations of the kernels and prints the fastest; the kernels' own choice is edited by hand.
 
-python benchmarks/kernel_sweep.py --out sweep.json [--only prefill]
+    python benchmarks/kernel_sweep.py --out sweep.json [--only prefill] [--seconds 90]
+
+Every configuration is compiled first, several at a time, and then timed on its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import multiprocessing
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kernel_cases import ATTENTION, Case, grouped
+from kernel_cases import ATTENTION, Case
+from kernel_operations import OPERATIONS
 from kernels import graph_time
 
-from vlmfix.kernels.grouped_attention import triton, triton_tiles
+from vlmfix.kernels.contrast import triton_choose
+from vlmfix.kernels.grouped_attention import tiles, triton
+from vlmfix.kernels.saliency_row import triton as saliency
 
-DECODE = ("decode B=1 32/32 K=640", "decode B=1 28/4 K=640", "decode B=8 32/32 K=4096", "decode B=8 32/8 K=4096")
-PREFILL = ("prefill B=4 32/32 4096", "prefill B=4 32/32 4096 slopes")
-
-
-def split_configurations(case: Case) -> Iterator[dict[str, Any]]:
-    """Keys per step, warps, stages, and splits as a multiple of the kernel's choice."""
-    for step, warps, stages, factor in itertools.product((32, 64, 128), (4, 8), (2, 3, 4), (0.5, 1, 2)):
-        if step * stages <= 256 and not (factor != 1 and stages != 3):
-            yield {"N": step, "num_warps": warps, "num_stages": stages, "splits": factor}
+CASES = {case.name: case for case in [*ATTENTION, *OPERATIONS]}
+Choice = dict[str, Any]
 
 
-def tile_configurations(case: Case) -> Iterator[dict[str, Any]]:
-    """Rows, keys, warps and stages of a tile."""
-    for rows, step, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
-        fits = 2 * (rows + 2 * step * stages) * 128 <= 220 << 10
-        if fits and not (rows == 128 and warps == 4) and not (rows == 64 and step == 128):
-            yield {"M": rows, "N": step, "num_warps": warps, "num_stages": stages}
+def grid(**values: tuple[Any, ...]) -> list[Choice]:
+    """All combinations."""
+    rows: list[Choice] = [{}]
+    for name, options in values.items():
+        rows = [row | {name: option} for row in rows for option in options]
+    return rows
 
 
-def sweep(case: Case, configurations: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Times of all configurations, fastest first."""
-    torch.manual_seed(0)
-    inputs = [case.inputs() for _ in range(case.sets)]
-    shapes, config, rows = triton._shapes, triton_tiles._config, []
+def tile(rows: int, step: int, warps: int, stages: int, **more: Any) -> Choice:
+    """A configuration of the tile kernel."""
+    return {"M": rows, "N": step, "num_warps": warps, "num_stages": stages} | more
 
-    def split_shapes(
-        chosen: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, kinds: int
-    ) -> tuple[int, int, dict[str, int]]:
-        count, splits, own = shapes(q, k, v, kinds)
-        return count, max(1, round(splits * chosen["splits"])), own | {n: chosen[n] for n in own if n in chosen}
 
-    for chosen in configurations:
-        if "splits" in chosen:
-            triton._shapes = partial(split_shapes, chosen)
+WIDE = [tile(128, 64, 8, 2), tile(128, 64, 8, 3), tile(128, 64, 8, 4), tile(128, 32, 8, 4), tile(128, 128, 8, 2)]
+TALL = [tile(64, 64, 4, 2), tile(64, 64, 4, 3), tile(64, 32, 4, 4), tile(64, 128, 4, 2), tile(64, 128, 8, 2)]
+CHOICES: dict[str, list[Choice]] = {
+    "prefill B=4 32/32 4096": [*WIDE, tile(128, 64, 8, 3, parts="float32"), *TALL[:2]],
+    "prefill B=4 32/32 4096 slopes": [*WIDE, *TALL[:2]],
+    "rows 64 B=1 32/32 K=4096": [row | {"splits": n} for row in TALL for n in (4, 8)]
+    + [tile(64, 64, 4, 3, splits=n) for n in (6, 12)],
+    "rows 64 B=1 28/4 K=640": [row | {"splits": n} for row in TALL[1:3] for n in (1, 3, 5, 10)],
+    "prefill B=1 28/4 640": [*WIDE[1:2], *TALL[:4], tile(64, 64, 4, 3, splits=2)],
+    "saliency row C=5 32/32 K=640": grid(parts=(True, False)),
+    "saliency row C=5 28/4 K=4096": grid(parts=(True, False)),
+    "contrast draw B=1 V=152064": grid(few=(256, 1024)),
+    "decode B=8 32/8 K=4096": grid(N=(32, 64, 128), num_warps=(4,), num_stages=(3,), factor=(1, 2)),
+}
+
+
+@contextmanager
+def chosen(choice: Choice) -> Iterator[None]:
+    """The kernels launch with this choice."""
+    launch = {name: choice[name] for name in ("M", "N", "num_warps", "num_stages") if name in choice}
+    with ExitStack() as stack:
+
+        def put(module: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(module, name, value))
+
+        if "M" in choice:
+            put(tiles, "_config", lambda *_: launch)
+            put(tiles, "PARTS", getattr(torch, choice.get("parts", ""), None))
+            if "splits" in choice:
+                put(tiles, "_splits", lambda *_: choice["splits"])
+        elif "factor" in choice:
+            put(triton, "_shapes", partial(_split_shapes, triton._shapes, launch, choice["factor"]))
+        elif "few" in choice:
+            put(triton_choose, "FEW", choice["few"])
         else:
-            triton_tiles._config = lambda q, v, chosen=chosen: chosen
-        try:
+            put(saliency, "PARTS", choice["parts"])
+        yield
+
+
+def _split_shapes(
+    shapes: Callable[..., Any], launch: Choice, factor: float, q: Tensor, k: Tensor, v: Tensor, kinds: int
+) -> tuple[int, int, Choice]:
+    rows, splits, own = shapes(q, k, v, kinds)
+    return rows, max(1, round(splits * factor)), own | launch
+
+
+def measure(case: Case, choice: Choice, inputs: list[dict[str, Any]], timed: bool) -> Choice:
+    """A row of results; untimed runs only compile and check."""
+    try:
+        with chosen(choice), torch.no_grad():
             error = case.check(inputs[0])
-            time = graph_time([partial(grouped, x) for x in inputs])["us"] if error <= 1 else None
-            rows.append(chosen | {"us": time, "error_of_budget": error})
-        except Exception as error:
-            rows.append(chosen | {"us": None, "failed": str(error)[:200]})
-    triton._shapes, triton_tiles._config = shapes, config
-    return sorted(rows, key=lambda row: row["us"] or float("inf"))
+            us = graph_time([partial(case.ours, x) for x in inputs])["us"] if timed else None
+        return choice | {"us": us, "error_of_budget": error}
+    except Exception as error:
+        return choice | {"us": None, "failed": str(error)[:200]}
+
+
+def compile_one(job: tuple[str, Choice]) -> None:
+    """Compiles one choice into Triton's cache."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        measure(CASES[job[0]], job[1], [CASES[job[0]].inputs()], False)
 
 
 def main() -> None:
     """Sweeps the cases and writes all times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
+    parser.add_argument("--seconds", type=float, default=1e9, help="starts no further measurement after this")
     options = parser.parse_args()
-    results = {}
-    for case in ATTENTION:
-        if options.only not in case.name or case.name not in (*DECODE, *PREFILL):
+    end = time.monotonic() + options.seconds
+    jobs = [(name, choice) for name, choices in CHOICES.items() if options.only in name for choice in choices]
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        pool.map_async(compile_one, jobs, chunksize=1).get(timeout=options.seconds)
+    results: dict[str, list[Choice]] = {}
+    for name, choices in CHOICES.items():
+        if options.only not in name:
             continue
-        make = split_configurations if case.name in DECODE else tile_configurations
+        torch.manual_seed(0)
         with torch.no_grad():
-            results[case.name] = sweep(case, make(case))
-        best = "; ".join(f"{row['us'] or 0:.1f} us {_short(row)}" for row in results[case.name][:4])
-        sys.stdout.write(f"{case.name}: {best}\n")
+            inputs = [CASES[name].inputs() for _ in range(CASES[name].sets)]
+        rows = [measure(CASES[name], choice, inputs, True) for choice in choices if time.monotonic() < end]
+        results[name] = sorted(rows, key=lambda row: row["us"] or float("inf"))
+        for row in results[name]:
+            us, rest = row["us"], {k: v for k, v in row.items() if k != "us"}
+            sys.stdout.write(f"{name}: {us or 0:.1f} us {json.dumps(rest)}\n")
         sys.stdout.flush()
         options.out.write_text(json.dumps(results, indent=1))
-
-
-def _short(row: dict[str, Any]) -> str:
-    return ",".join(f"{name}={row[name]}" for name in ("M", "N", "num_warps", "num_stages", "splits") if name in row)
 
 
 if __name__ == "__main__":

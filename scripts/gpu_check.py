@@ -29,7 +29,7 @@ def run(command: list[str], log: Path, seconds: float) -> int:
             ).returncode
         except subprocess.TimeoutExpired:
             code = 124
-    sys.stdout.write("\n".join(log.read_text().splitlines()[-60:]) + "\n")
+    sys.stdout.write("\n".join(log.read_text().splitlines()[-90:]) + "\n")
     return code
 
 
@@ -60,7 +60,7 @@ def main() -> int:
             "no:cacheprovider",
         ]
         if importlib.util.find_spec("xdist"):
-            tests += ["-n", "8"]
+            tests += ["-n", str(min(14, os.cpu_count() or 1))]
         codes["tests"] = run(tests, options.folder / "gpu_tests.log", end - time.monotonic())
     only = ["--only", options.only] if options.only else []
     times = [*python, "benchmarks/kernels.py", "--out", str(options.folder.resolve() / "kernels.json"), *only]
@@ -68,6 +68,7 @@ def main() -> int:
     codes["times"] = run(times, options.folder / "kernels.log", end - time.monotonic())
     if options.sweep:
         sweep = [*python, "benchmarks/kernel_sweep.py", "--out", str(options.folder.resolve() / "sweep.json"), *only]
+        sweep += ["--jobs", str(min(14, os.cpu_count() or 1)), "--seconds", str(end - time.monotonic() - 10)]
         codes["sweep"] = run(sweep, options.folder / "sweep.log", end - time.monotonic())
     sys.stdout.write(f"exit codes: {codes}\n")
     return int(any(codes.values()))

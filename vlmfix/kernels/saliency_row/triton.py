@@ -17,6 +17,9 @@ from vlmfix.kernels.dispatch import ceil_div, launches, multiprocessors, must_ca
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+PARTS = True
+"""Whether float32 numbers go through the tensor cores in three parts, where keys and values are of half precision."""
+
 
 @triton.jit
 def coarse(x):
@@ -204,7 +207,7 @@ def saliency_row(
     launches["saliency_row"] += 1
     _saliency[(splits, batch * n_kv)](
         q, k, v, lse, d_out, own, start, bias, part, acc, total, scale, heads, n_kv, keys, splits, *strides,
-        CB=block, N=step, CAST=must_cast(q.dtype), PRECISION=precision(q.dtype), SPLIT=q.element_size() == 2,
+        CB=block, N=step, CAST=must_cast(q.dtype), PRECISION=precision(q.dtype), SPLIT=PARTS and q.element_size() == 2,
         num_warps=8 if tall >= 64 else 4, **constants,
     )  # fmt: skip
     grads = batch * n_kv * count
