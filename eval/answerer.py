@@ -135,7 +135,8 @@ class Opener:
         recipe: Any = arm.recipe
         if kind := arm.settings.get("placebo"):
             recipe = self._placebo(arm.recipe, kind, arm.settings.get("placebo_seed", 0))
-        answerer = VlmAnswerer(wrap(self._plain.model, self._plain.processor, recipe), self.model)
+        how = {name: self.load[name] for name in ("engine", "compile") if name in self.load}
+        answerer = VlmAnswerer(wrap(self._plain.model, self._plain.processor, recipe, **how), self.model)
         if kind:
             _try(answerer)
         return answerer

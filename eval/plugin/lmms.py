@@ -14,7 +14,7 @@ from ...errors import UsageError, VlmfixError, nearest
 from ..world import alone, world
 from .requests import Asked, asked, cut, generation, recipe_text
 
-_LOADING = ("revision", "dtype", "device_map", "quantize", "trust_remote_code")
+_LOADING = ("revision", "dtype", "device_map", "quantize", "trust_remote_code", "engine")
 
 
 class Vlmfix(lmms):  # type: ignore[misc]
@@ -32,7 +32,7 @@ class Vlmfix(lmms):  # type: ignore[misc]
         device: where to load; with several processes each takes the GPU of its rank.
         max_batch_size: accepted, since lmms-eval passes it; not used.
         pretrained: see `model`.
-        loading: `revision`, `dtype`, `device_map`, `quantize`, `trust_remote_code` of `vlmfix.load`.
+        loading: `revision`, `dtype`, `device_map`, `quantize`, `trust_remote_code`, `engine` of `vlmfix.load`.
 
     Raises:
         UsageError: for an unknown argument, with the nearest one.

@@ -59,11 +59,13 @@ def test_options_reach_the_model(vlmfix_says, fake_model, photos):
     vlmfix_says(
         "run", photos / "1.png", "-p", "?", "--model", "some/model", "--device", "cpu", "--dtype", "float32",
         "--device-map", "auto", "--revision", "abc", "--quantize", "4bit", "--processor", "max_pixels=9", "--processor",
-        "mode=fast", "--trust-remote-code", "--max-new-tokens", 7, "--temperature", 0.5, "--seed", 3, "--beams", 2,
+        "mode=fast", "--trust-remote-code", "--engine", "graph", "--compile",
+        "--max-new-tokens", 7, "--temperature", 0.5, "--seed", 3, "--beams", 2,
     )  # fmt: skip
     assert fake_model[0] == {
         "model": "some/model", "device": "cpu", "dtype": "float32", "device_map": "auto", "revision": "abc",
         "quantize": "4bit", "processor_kwargs": {"max_pixels": 9, "mode": "fast"}, "trust_remote_code": True,
+        "engine": "graph", "compile": True,
     }  # fmt: skip
     call = fake_model[1]
     assert (call["max"], call["seed"], call["temperature"], call["do_sample"], call["num_beams"]) == (

@@ -63,10 +63,13 @@ def test_families_that_cannot_be_replayed_are_known():
     assert refused == {"mllama", "kosmos-2"}
 
 
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "as it is"])
 @pytest.mark.parametrize(
     "recipe", ["greedy", TABLE["var"].full, "pai", TABLE["vcd"].full, "gift", "vhr", "sid(beta=0)"]
 )
-def test_another_prompt_runs_on_the_captured_step(recipe):
+def test_another_prompt_runs_on_the_same_step(recipe, captured, monkeypatch):
+    if not captured:
+        monkeypatch.delitem(sessions.RECORDERS, "cpu")
     tiny, rows = lab.under("llava"), (1, 2)
     with graphed("llava", recipe) as vlm:
         for seed in (0, 1, 2):

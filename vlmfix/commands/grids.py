@@ -45,6 +45,7 @@ class GridOptions:
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
     ] = False
+    engine: Annotated[str | None, typer.Option(help="hf, graph (a captured step, replayed), or auto.")] = None
     images: Annotated[
         str | None, typer.Option(help="Folder of the pictures, or scenes:SPLIT[:PICTURES], drawn on the spot.")
     ] = None
@@ -87,7 +88,7 @@ class GridOptions:
 
     def loading(self) -> dict[str, Any]:
         """Keywords of `vlmfix.load` that were given."""
-        names = ("device", "dtype", "device_map", "revision", "quantize")
+        names = ("device", "dtype", "device_map", "revision", "quantize", "engine")
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.processor:
             chosen["processor_kwargs"] = key_values(self.processor)

@@ -39,6 +39,12 @@ class ModelOptions:
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
     ] = False
+    engine: Annotated[
+        str, typer.Option(help="hf (transformers' loop), graph (a captured step, replayed), auto (graph on a GPU).")
+    ] = "auto"
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the decoder before a step is captured: faster after ~30 s.")
+    ] = False
 
     def load(self, recipe: Recipe | str = "greedy") -> FixedVLM:
         """Loads the model.
@@ -59,6 +65,8 @@ class ModelOptions:
             quantize=self.quantize,
             processor_kwargs=settings or None,
             trust_remote_code=self.trust_remote_code,
+            engine=self.engine,
+            compile=self.compile,
         )
 
     def spec(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmfix.attention.request import Request
 from vlmfix.engine.compiling import Blocks
+from vlmfix.hf.hooks import serving
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.slots import MARK, Frame, SlotCache
 from vlmfix.hf.stepping import Choice, Prefilled, Task
@@ -133,14 +134,15 @@ class Session:
     def _advance(self) -> None:
         frame = self.frame
         frame.begin()
-        output = self.parts.top(
-            input_ids=self._tokens[:, None].repeat(self._copies, 1),
-            position_ids=self._positions,
-            attention_mask=self._mark,
-            past_key_values=frame.cache,
-            use_cache=True,
-            return_dict=True,
-        )
+        with serving(self.request):  # whichever generation it is for: its state was copied into this one
+            output = self.parts.top(
+                input_ids=self._tokens[:, None].repeat(self._copies, 1),
+                position_ids=self._positions,
+                attention_mask=self._mark,
+                past_key_values=frame.cache,
+                use_cache=True,
+                return_dict=True,
+            )
         self.scores = output.logits[:, -1].float()
         if self.choice.pure:
             u = None
