@@ -6,7 +6,7 @@
 The first answers benchmarks/pico.toml with several processes on one device and writes FOLDER/answers-N.jsonl.gz; it
 needs torch, transformers and pillow, and no installation. When the time is over it packs what it has; with
 --keep DIR the same command goes on later, with --have FILES on another machine. The second scores these files and needs
-no GPU.
+no GPU; pico_BENCHMARK_pairs.md compares rows with other rows than greedy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,38 @@ import vlmfix  # noqa: E402
 if importlib.util.find_spec("vlmfix.eval") is None:  # a bare checkout; installed, eval/ is vlmfix.eval
     vlmfix.__path__.append(str(ROOT))
 
-from vlmfix.eval import benchmarks, bundle, drawn, grid, packed, pipeline, suite  # noqa: E402
+from vlmfix.eval import (  # noqa: E402
+    baselines,
+    benchmarks,
+    bundle,
+    compare,
+    drawn,
+    grid,
+    judge,
+    packed,
+    pipeline,
+    stats,
+    suite,
+)
 from vlmfix.eval import table as tables  # noqa: E402
 from vlmfix.eval.baselines import Arm  # noqa: E402
+from vlmfix.eval.collect import Answered, row  # noqa: E402
 
 GRID = ROOT / "benchmarks" / "pico.toml"
 EARLY = ("greedy", *grid.FIRST)
-SLOW = ("sgrs", "opera")
+LATE = ("sgrs", "carve", "patches", "opera")
+"""Rows that cost far more than others; the last one waits for everything else."""
+SAMPLED = "sampling: "
+SIZE = 4 << 20
+"""Bytes of a file of packed answers."""
+GRACE = 20.0
+"""Seconds that a process has after its time to end its batch."""
+PAIRS = """# pico, {name}: rows against other rows than greedy
+
+How much of a sampled gain is the plausibility mask, and what a method has beyond its placebo and beyond the trivial
+bias of the end token.
+
+"""
 
 
 class OutOfTime(Exception):  # noqa: N818 - it is a wish, not a fault
@@ -78,19 +103,28 @@ def chosen(options: argparse.Namespace) -> grid.Grid:
 
 
 def arms(plan: grid.Grid, name: str) -> list[Arm]:
-    """The rows of a benchmark."""
+    """The rows of a benchmark; every contrastive method also sampled, to stand beside sampling and its mask alone."""
     captions = benchmarks.load(name, **plan.benchmarks[name]).max_new_tokens > suite.SHORT
-    return grid.arms(plan, captions, grid.contrastive())
+    found = grid.arms(plan, captions, contrasts := grid.contrastive())
+    sampled = {
+        arm.name: Arm(f"{SAMPLED}{arm.name}", "method", arm.recipe, settings=baselines.SAMPLING)
+        for arm in found
+        if arm.kind == "method" and set(baselines.methods_of(arm.recipe)) & set(contrasts)
+    }
+    return [row for arm in found for row in (arm, sampled.get(arm.name)) if row]
 
 
 def stages(plan: grid.Grid) -> list[tuple[str, list[Arm]]]:
     """Benchmarks with parts of their rows, what matters most first: a table cut off by the clock is still one."""
     wishes: list[Any] = [
         lambda arm: arm.name in EARLY,
-        lambda arm: arm.kind == "method" and arm.name not in (*EARLY, *SLOW),
-        lambda arm: arm.kind in ("control", "baseline"),
+        lambda arm: arm.kind == "method" and arm.name not in (*EARLY, *LATE) and not arm.name.startswith(SAMPLED),
+        lambda arm: arm.kind == "control",
+        lambda arm: arm.name.startswith(SAMPLED),
+        lambda arm: arm.kind == "baseline",
+        lambda arm: arm.name in LATE[:-1],
         lambda arm: arm.kind == "placebo",
-        lambda arm: arm.name in SLOW,
+        lambda arm: arm.name in LATE[-1:],
     ]
     made = [(name, [arm for arm in arms(plan, name) if wish(arm)]) for wish in wishes for name in plan.benchmarks]
     return [(name, rows) for name, rows in made if rows]
@@ -116,14 +150,23 @@ def share(options: argparse.Namespace) -> int:
             own = environment | {key: str(value) for key, value in world.items()}
             with (options.out / f"log-{rank}.txt").open("w") as log:
                 running.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
-        codes = [process.wait() for process in running]
+        codes = [ended(process, started + options.seconds + GRACE) for process in running]
         say((options.out / "log-0.txt").read_text().splitlines()[-40:])
-        files = packed.pack(keep / "answers", options.out, processes=options.processes)
+        files = packed.pack(keep / "answers", options.out, SIZE, options.processes)
         about = {"seconds": round(time.time() - started, 1), "processes": options.processes, "device": device_name()}
         text = json.dumps({**about, "codes": codes, "versions": bundle.versions()}, indent=1)
         (options.out / "environment.json").write_text(text + "\n")
         say([text, *(f"{path.name} {path.stat().st_size / 2**20:.1f} MiB" for path in files)])
-    return max(codes)
+    return max(map(abs, codes))
+
+
+def ended(process: subprocess.Popen[bytes], last: float) -> int:
+    """A process's exit status; one that is still in its batch at the time `last` is killed and loses that batch."""
+    try:
+        return process.wait(max(0.0, last - time.time()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def answer(options: argparse.Namespace) -> int:
@@ -153,8 +196,8 @@ def answer(options: argparse.Namespace) -> int:
 def table(options: argparse.Namespace) -> int:
     """Scores packed answers and writes one table a benchmark, as Markdown and JSON."""
     plan = chosen(options)
-    beside = options.files[0].with_name("environment.json")
-    made = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    told = options.files[0].with_name("environment.json")
+    made = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         packed.unpack(options.files, Path(scratch) / "answers")
@@ -168,7 +211,66 @@ def table(options: argparse.Namespace) -> int:
             )
             (options.out / f"pico_{name}.json").write_text(tables.as_json(result.comparison), encoding="utf-8")
             say([f"{options.out / f'pico_{name}.md'}: {len(result.rows)} rows, {len(result.missing)} missing"])
+            text, figures = beside(benchmarks.load(name, **plan.benchmarks[name]), result.rows, columns)
+            (options.out / f"pico_{name}_pairs.md").write_text(PAIRS.format(name=name) + text, encoding="utf-8")
+            found = json.dumps(figures, indent=1) + "\n"
+            (options.out / f"pico_{name}_pairs.json").write_text(found, encoding="utf-8")
     return 0
+
+
+def pairs(names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Rows to set side by side besides each with greedy: (row, against, what the difference is)."""
+    found = []
+    for method, strength in grid.contrastive().items():
+        off = baselines.with_value(method, method, strength, baselines.NO_CONTRAST[strength])
+        mask, both = f"sampling + mask: {off}", f"{SAMPLED}{method}"
+        found += [(mask, "sampling", "the mask alone"), (both, "sampling", "mask and contrast")]
+        found += [(both, mask, "the contrast beyond its mask")]
+        found += [(method, "end bias 1", "beyond a bias of the end token")]
+    for placebo in (name for name in names if " [placebo: " in name):
+        found.append((placebo.partition(" [")[0], placebo, "beyond its placebo"))
+    return [pair for pair in found if {pair[0], pair[1]} <= set(names)]
+
+
+def beside(
+    benchmark: benchmarks.Benchmark, answered: Sequence[Answered], columns: Sequence[str]
+) -> tuple[str, list[dict[str, Any]]]:
+    """The paired differences of `pairs`, Holm's correction over all of them: Markdown, and every figure."""
+    known = {each.name: each for each in answered}
+    same: dict[Any, tuple[str, str, str]] = {}
+    notes, kept = dict[str, list[str]](), list[tuple[str, str, str]]()
+    for pair in pairs(list(known)):
+        texts = tuple(tuple(str(record["text"]) for record in known[name].answers[0]) for name in pair[:2])
+        first = same.setdefault(texts, pair)
+        if first is pair:
+            kept.append(pair)
+        else:
+            notes.setdefault(first[0], []).append(pair[0])
+    scores = {name: row(benchmark, known[name]).score for name in {name for pair in kept for name in pair[:2]}}
+    tested = [name for name in columns if judge.direction(name)]
+    draws = max(compare.DRAWS, 80 * len(tested) * len(kept))
+    gaps = [stats.paired(scores[b], scores[a], metrics=columns, draws=draws) for a, b, _ in kept]
+    adjusted = iter(stats.holm([gap[name].p for gap in gaps for name in tested]))
+    rows, figures = [], []
+    for pair, gap in zip(kept, gaps, strict=True):
+        entries = [tables.Entry(text) for text in pair]
+        for name in columns:
+            d, p = gap[name], next(adjusted) if name in tested else 1.0
+            sure = p < 0.05 and abs(d.difference) >= d.detectable
+            verdict = ("better" if d.difference * judge.direction(name) > 0 else "worse") if sure else ""
+            entries.append(tables.Entry(f"{d.difference:+.1f}", f"[{d.low:+.1f}, {d.high:+.1f}]", verdict))
+        rows.append(entries)
+        figures.append({"row": pair[0], "against": pair[1], "shows": pair[2]})
+        figures[-1] |= {name: asdict(each) for name, each in gap.items()}
+    count = len(tested) * len(kept)
+    told = (
+        "differences, row minus the one it stands against, with 95% bootstrap intervals over pictures; bold: better, "
+        f"†: worse, by sign-flip tests over pictures after Holm's correction of {count} tests, and not below the "
+        "smallest detectable difference"
+    )
+    twins = [f"the same answers as {first}: {', '.join(others)}" for first, others in notes.items()]
+    made = tables.Table("", ["row", "against", "shows", *columns], rows, [told, *twins], [])
+    return tables.markdown(made).partition("\n\n")[2], figures
 
 
 def head(name: str, pictures: int, made: dict[str, Any]) -> str:
