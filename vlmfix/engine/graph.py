@@ -27,7 +27,7 @@ ENGINES = ("auto", "hf", "graph")
 PATIENCE = 8
 """Steps between two looks at whether all sequences have ended."""
 
-BUCKET = 256
+BUCKET = 64
 """Capacities are multiples of it, so that prompts of similar length share a captured step."""
 
 KEPT = 2

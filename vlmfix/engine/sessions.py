@@ -56,7 +56,7 @@ class Session:
         self._ends, self._fill = task.ends, task.fill
         visible, count = len(prefilled.valid), self.choice.uniforms(capacity)
         slot = torch.zeros(1, dtype=torch.long, device=device)
-        cache = SlotCache.like(prefilled.cache, capacity, slot)
+        cache = SlotCache.of(prefilled.cache, capacity, slot)
         start, number = torch.zeros(len(valid), 1, dtype=torch.long, device=device), torch.zeros_like(slot[0])
         self.frame = Frame(cache, slot, start, number)
         self._positions = torch.zeros_like(positions)

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vlmfix.kernels.grouped_attention import prepared
 from vlmfix.kernels.grouped_attention.pack import Packed
+from vlmfix.kernels.kv_write import kv_write
 from vlmfix.layout import NEVER
 from vlmfix.plan import Plan
 
@@ -23,7 +24,7 @@ class Seen:
     Args:
         k_pos: [K] slots of the keys; `NEVER` where nothing was written.
         low: [B, 1].
-        high: [1, 1].
+        high: [B, 1].
         consecutive: whether k_pos counts up by one.
     """
 
@@ -66,12 +67,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes one token and returns the whole buffers."""
         at = self.slot if self.window is None else self.slot % self.window
-        self.keys.index_copy_(2, at, key_states)
-        self.values.index_copy_(2, at, value_states)
+        kv_write(self.keys, self.values, key_states, value_states, at)
         return self.keys, self.values
 
-    def fill(self, keys: Tensor, values: Tensor, length: int) -> None:
-        """Takes over the last keys and values [B, Hkv, n, D] of the first `length` slots."""
+    def take(self, layer: Any, length: int) -> None:
+        """Takes over a growing layer, which holds the last of the first `length` slots and is empty afterwards."""
+        keys, values = layer.keys, layer.values
+        layer.keys = layer.values = None
         first = length - keys.shape[2]
         if self.window is None:
             self.keys[:, :, first:length] = keys
@@ -89,7 +91,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             start: [B, 1] first slot that is no padding.
         """
         own = torch.arange(self.capacity, device=self.slot.device)
-        high = self.slot[None] + 1
+        high = torch.zeros_like(start) + (self.slot + 1)
         if self.window is None:
             return Seen(own, start, high, True)
         slots = self.slot - (self.slot - own) % self.window
@@ -116,15 +118,15 @@ class SlotCache(Cache):  # type: ignore[misc]
     """Layers of fixed size; their clock is moved by the engine, not by `update`."""
 
     @staticmethod
-    def like(cache: Any, capacity: int, slot: Tensor) -> SlotCache:
-        """Empty buffers for a growing cache.
+    def of(cache: Any, capacity: int, slot: Tensor) -> SlotCache:
+        """Buffers that take over a growing cache, layer by layer so that no more than one is there twice.
 
         Args:
-            cache: after a prefill; every layer holds keys.
+            cache: after a prefill; every layer holds keys. It is empty afterwards.
             capacity: most slots.
             slot: [1] int64, the clock.
         """
-        layers = []
+        layers, length = [], cache.get_seq_length()
         for layer in cache.layers:
             window = getattr(layer, "sliding_window", None)
             window = window if window is not None and window < capacity else None
@@ -132,13 +134,14 @@ class SlotCache(Cache):  # type: ignore[misc]
             shapes = ((*x.shape[:2], size, x.shape[3]) for x in (layer.keys, layer.values))
             keys, values = (layer.keys.new_zeros(shape) for shape in shapes)
             layers.append(SlotLayer(keys, values, slot, window))
+            layers[-1].take(layer, length)
         return SlotCache(layers=layers)
 
     def fill(self, cache: Any, length: int) -> None:
-        """Takes over a growing cache of `length` slots layer by layer, which is empty afterwards."""
+        """Takes over what a growing cache of `length` slots still holds; it is empty afterwards."""
         for mine, theirs in zip(self.layers, cache.layers, strict=True):
-            mine.fill(theirs.keys, theirs.values, length)
-            theirs.keys = theirs.values = None
+            if theirs.keys is not None:
+                mine.take(theirs, length)
 
 
 class Frame:
