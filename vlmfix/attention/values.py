@@ -39,7 +39,7 @@ def _shape(value: Any, found: list[Tensor]) -> Hashable:
         parts = ((f.name, _shape(getattr(value, f.name), found)) for f in dataclasses.fields(value))
         return type(value), tuple(parts)
     if isinstance(value, dict):
-        return dict, tuple((key, _shape(item, found)) for key, item in sorted(value.items(), key=repr))
+        return dict, tuple((key, _shape(item, found)) for key, item in sorted(value.items(), key=lambda x: repr(x[0])))
     if isinstance(value, (tuple, list)):
         return type(value), tuple(_shape(item, found) for item in value)
     if value is None or isinstance(value, (bool, int, float, str, frozenset)):
