@@ -83,7 +83,7 @@ def evaluate(
     direct = not counted and all(plan.rule is None for plan in plans)
     rule = _fused(plans, packed)
     inlined = rule if rule is not None and not counted and not rule[-1] else NO_RULE
-    whole = direct or (inlined is not NO_RULE and packed.key_weight is None)
+    whole = direct or (inlined[1] != "" and packed.key_weight is None)
     per_row = 4 * q.shape[0] * heads * kinds * v.shape[3]
     chunk = queries if whole else max(128, WORKSPACE // per_row // 128 * 128)
     parts = []

@@ -11,7 +11,7 @@ from vlmfix.kernels.dispatch import INTERPRETED, ceil_div, launches, multiproces
 from vlmfix.kernels.grouped_attention.arguments import common
 from vlmfix.kernels.grouped_attention.triton_merge import no_rule
 from vlmfix.kernels.grouped_attention.triton_tiles import tiles_kernel
-from vlmfix.kernels.grouped_attention.triton_visits import visits
+from vlmfix.kernels.grouped_attention.triton_members import members
 from vlmfix.kernels.rules.triton import RULES
 
 PARTS: torch.dtype | None = None
@@ -44,17 +44,17 @@ def grouped_tiles(
     acc, stat, out = _results(q, k, v, kinds, splits, finish)
     items = batch * heads * ceil_div(queries, config["M"])
     order = ranks = counter = scratch = None
-    tiles, programs = 0, items
+    programs = items
     if groups is not None and (kinds > 1 or tables is not None) and roll_start is None:
-        order, ranks, counter, tiles = visits(groups, k_pos, n_groups, config["N"], consecutive)
+        order, ranks, counter = members(groups, k_pos, n_groups, consecutive)
     if finish and kinds > 1:
         programs = min(items, multiprocessors(q.device.index) * (1 if config["M"] >= 128 else 2))
         counter = torch.zeros(1, dtype=torch.int32, device=q.device) if counter is None else counter
         shape = programs, kinds - 1, config["M"], power_of_two(v.shape[3], 16)
         scratch = torch.empty(shape, dtype=PARTS or v.dtype, device=q.device)
     launches["grouped_tiles"] += 1
-    tiles_kernel[(programs, splits)](
-        *leading, order, ranks, counter, head_scale, sinks, arguments, scratch, acc, stat, out, tiles, items, splits,
+    tiles_kernel[(programs, splits, 1 if finish else kinds)](
+        *leading, order, ranks, counter, head_scale, sinks, arguments, scratch, acc, stat, out, items, splits,
         rule_plan, *(out.stride()[:3] if finish else (0, 0, 0)), R=kinds, RB=power_of_two(kinds), SIGNED=signed,
         WEIGHTS=key_weight is not None and not direct, HEAD_SCALE=head_scale is not None, SINKS=sinks is not None,
         RULE=RULES.get(rule, no_rule), RULE_RADIX=radix, RULE_SIZE=size, PB=power_of_two(size + 1),
@@ -99,14 +99,15 @@ def _config(heads: int, queries: int, size: int, bytes_each: int, processors: in
     wide = size * bytes_each
     exact = bytes_each == 4  # float32 tiles of 128 rows and three stages exceed the shared memory of sm_90
     most = (64 if exact else 128) if wide <= 256 else 32 if exact else 64
-    if heads * ceil_div(queries, most) < 3 * processors:
-        most = min(most, 64)  # few blocks: smaller ones spread better
+    few = heads * ceil_div(queries, most) < 3 * processors
+    if few:
+        most = min(most, 64)  # smaller blocks spread better
     rows = power_of_two(min(queries, most), 16)
     return {
         "M": rows,
-        "N": 16 if INTERPRETED else max(16, min(64, 16384 // power_of_two(wide))),
+        "N": 16 if INTERPRETED else max(16, min(32 if few else 64, 16384 // power_of_two(wide))),
         "num_warps": 8 if rows >= 128 else 4,
-        "num_stages": 3 if wide <= 256 and not exact else 2,
+        "num_stages": 2 if wide > 256 or exact else 4 if few else 3,
     }
 
 

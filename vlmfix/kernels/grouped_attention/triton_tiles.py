@@ -1,11 +1,11 @@
-"""Grouped attention of many query rows (prefill, or a few dozen rows): tiled online softmax over visible key tiles.
+"""Grouped attention of many query rows (prefill, or a few dozen rows): tiled online softmax over visible keys.
 
-A program takes a block of query rows of one head through the key groups one after the other, visiting just the tiles
-that hold keys of the group; tiles that belong to the group as a whole and are visible to all rows need no mask. With a
-factor rule that looks at one head, the parts of all groups but the last wait in a scratch of the program, which stays
+A program takes a block of query rows of one head through the key groups one after the other. A tile of keys is gathered
+from the list of the group's keys, so that no tile holds keys of two groups; tiles that all rows see need no mask. With
+a factor rule that looks at one head, the parts of all groups but the last wait in a scratch of the program, which stays
 in the L2 cache, until the masses are known; programs then take block after block, so that the scratch is small. Where
-there are too few blocks to fill the machine the keys are split, and triton_merge.py joins the parts, as it does for
-rules that look at all heads.
+there are too few blocks to fill the machine the keys are split and every group has programs of its own; triton_merge.py
+joins the parts, as it does for rules that look at all heads.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def key_scores(z, b, h, group, pos, keys, active, tables, key_slope, n_batch, n_
 def tiles_kernel(
     Q, K, V, Mask, QPos, KPos, Low, High, Groups, Active, Tables, KeySlope, KeyWeight, Hidden, RollStart, scale,
     softcap, floor, n_batch, n_heads, n_kv, n_q, n_k, n_table, slope_heads, q_b, q_h, q_q, k_b, k_h, k_n, v_b, v_h, v_n,
-    m_b, m_h, m_q, span_b, Order, Ranks, Counter, HeadScale, Sinks, Arguments, Scratch, Acc, Stat, Out, n_tiles,
-    n_items, splits, rule_plan, o_b, o_h, o_q,
+    m_b, m_h, m_q, span_b, Order, Ranks, Counter, HeadScale, Sinks, Arguments, Scratch, Acc, Stat, Out, n_items, splits, rule_plan, o_b, o_h, o_q,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr,
     TABLES: tl.constexpr, SIGNED: tl.constexpr, KEY_SLOPE: tl.constexpr, WEIGHTS: tl.constexpr, MASK: tl.constexpr,
@@ -52,14 +51,15 @@ def tiles_kernel(
     RULE_RADIX: tl.constexpr, RULE_SIZE: tl.constexpr, PB: tl.constexpr, N_ARGUMENTS: tl.constexpr,
     FINISH: tl.constexpr,
 ):  # fmt: skip
-    """One program: blocks of M query rows of one head, each over one split of the keys.
+    """One program: blocks of M query rows of one head, each over one split of every group's keys.
 
     FINISH: writes the output. Else the partial results of R kinds, or of all keys together if R is 1.
     """
     LISTED: tl.constexpr = (R > 1 or (TABLES and G > 1)) and not ROLL
     NEVER_CLEAN: tl.constexpr = MASK > 0 or (ROLL and (R > 1 or TABLES))
-    STEPS: tl.constexpr = R if R > 1 else G + 1 if LISTED else 1
-    ROW_TABLES: tl.constexpr = TABLES and P == 1 and not KEY_SLOPE and not SOFTCAP
+    STEPS: tl.constexpr = R if R > 1 else G if LISTED else 1
+    APART: tl.constexpr = R > 1 and not FINISH
+    ROW_TABLES: tl.constexpr = TABLES and P == 1 and not KEY_SLOPE and not SOFTCAP and not (ROLL and R == 1)
     FOLD: tl.constexpr = not TABLES and not KEY_SLOPE and not SOFTCAP and MASK != 2
     PERSIST: tl.constexpr = FINISH and R > 1
     unit = scale * LOG2E
@@ -108,17 +108,13 @@ def tiles_kernel(
             at = Hidden + n * 3 * n_batch + b
             blind = tl.max(pos, 0) >= tl.load(at)
             clean_last = tl.where(blind, tl.minimum(tl.load(at + n_batch) - base, clean_last).to(tl.int32), clean_last)
+        last = tl.maximum(last, 0)
+        first = tl.minimum(first, last)
+        clean_first = tl.minimum(tl.maximum(clean_first, first), last)
+        clean_last = tl.minimum(tl.maximum(clean_last, clean_first), last)
         if NEVER_CLEAN:
-            clean_last = 0
-        tile_first = tl.minimum(first // N, tl.cdiv(n_k, N))
-        tile_last = tl.maximum(tl.cdiv(last, N), tile_first)
-        clean_a = tl.cdiv(clean_first, N)
-        clean_b = clean_last // N
-        each = tl.cdiv(tile_last - tile_first, splits)
-        tile_first = tl.minimum(tile_first + split * each, tile_last)
-        tile_last = tl.minimum(tile_first + each, tile_last)
-        tile_a = tl.minimum(tl.maximum(clean_a, tile_first), tile_last)
-        tile_b = tl.maximum(tl.minimum(clean_b, tile_last), tile_a)
+            clean_first = first
+            clean_last = first
 
         top = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
@@ -131,34 +127,33 @@ def tiles_kernel(
         if PERSIST:
             scratch = Scratch + tl.program_id(0).to(tl.int64) * (R - 1) * M * BDV
             scratch += tl.arange(0, M)[:, None] * BDV + dv[None, :]
-        for step in range(STEPS):
-            kind = (step + 1) % R if R > 1 else step  # kind 0, mostly the largest, comes last and stays in registers
-            g = kind % G if R > 1 else tl.minimum(step, G - 1)
+        for step in range(tl.program_id(2) if APART else 0, tl.program_id(2) + 1 if APART else STEPS):
+            kind = step if APART or R == 1 else (step + 1) % R  # kind 0, mostly the largest, stays in registers
+            g = kind % G
             if R > 1:
                 top = tl.full([M], float("-inf"), tl.float32)
                 total = tl.zeros([M], tl.float32)
                 acc = tl.zeros([M, BDV], tl.float32)
-            begin = tile_first
-            before = tile_a - tile_first
-            end = tile_b
-            after = tile_last - tile_b
-            clean = tile_b - tile_a
-            mixed = 0
-            mixed_at = 0
+            e_first = first + 0
+            e_a = clean_first + 0
+            e_b = clean_last + 0
+            e_last = last + 0
             if LISTED:
-                line = b * (G + 1) + (g if R > 1 else step)
-                ranks = Ranks + line * 2 * (n_tiles + 1)
-                more = ranks + n_tiles + 1
-                order = Order + line * 2 * n_tiles
-                begin = tl.load(ranks + tile_first)
-                rank_a = tl.load(ranks + tile_a)
-                end = tl.load(ranks + tile_b)
-                before = rank_a - begin
-                after = tl.load(ranks + tile_last) - end
-                clean = end - rank_a
-                if R > 1 or step == G:
-                    mixed_at = n_tiles + tl.load(more + tile_first)
-                    mixed = n_tiles + tl.load(more + tile_last) - mixed_at
+                order = Order + (b * G + g) * n_k
+                ranks = Ranks + (b * G + g) * (n_k + 1)
+                e_first = tl.load(ranks + first)
+                e_a = tl.load(ranks + clean_first)
+                e_b = tl.load(ranks + clean_last)
+                e_last = tl.load(ranks + last)
+            each = tl.cdiv(tl.cdiv(e_last - e_first, splits), N) * N
+            e_first = tl.minimum(e_first + split * each, e_last)
+            e_last = tl.minimum(e_first + each, e_last)
+            e_a = tl.minimum(tl.maximum(e_a, e_first), e_last)
+            e_b = tl.minimum(tl.maximum(e_b, e_a), e_last)
+            clean = (e_b - e_a) // N
+            rest = e_a + clean * N
+            before = tl.cdiv(e_a - e_first, N)
+            after = tl.cdiv(e_last - rest, N)
             if ROW_TABLES:
                 at = Tables + (b * n_heads + h) * G + g
                 aside = n_batch * n_heads * G
@@ -167,65 +162,73 @@ def tiles_kernel(
                 down = tl.where(act, tl.load(at + aside), 1.0) * unit
                 shift = tl.where(act, tl.load(at + 2 * aside), 0.0) * LOG2E
             for masked in tl.static_range(NEVER_CLEAN, 2):
-                count = before + after + mixed if masked else clean
-                tile = begin if masked else begin + before
+                count = before + after if masked else clean
+                start = e_a
+                stop = e_last
+                if masked:
+                    start = tl.where(before > 0, e_first, rest)
+                    stop = tl.where(before > 0, e_a, e_last)
                 if LISTED:
-                    if masked:
-                        tile = tl.where(before > 0, begin, tl.where(after > 0, end, mixed_at))
-                    tile = tl.load(order + tile, mask=count > 0, other=0)
+                    entry = start + tl.arange(0, N)
+                    ahead = tl.load(order + entry, mask=entry < stop, other=0)
                 for i in range(count):
-                    current = tile
                     if masked:
-                        tile = tl.where(i + 1 < before, begin + i + 1, end + i + 1 - before)
+                        start = tl.where(i < before, e_first + i * N, rest + (i - before) * N)
+                        stop = tl.where(i < before, e_a, e_last)
                     else:
-                        tile = begin + before + i + 1
+                        start = e_a + i * N
+                    entry = start + tl.arange(0, N)
+                    here = entry < stop
                     if LISTED:
+                        j = ahead
                         if masked:
-                            tile = tl.where(i + 1 < before + after, tile, mixed_at + i + 1 - before - after)
-                        tile = tl.load(order + tile)  # one step ahead, so that the keys' address is known in time
-                    elif masked:
-                        current = tl.where(i < before, begin + i, end + i - before)
-                    j = current * N + tl.arange(0, N)
-                    j_ok = j < n_k
+                            start = tl.where(i + 1 < before, e_first + (i + 1) * N, rest + (i + 1 - before) * N)
+                            stop = tl.where(i + 1 < before, e_a, e_last)
+                        else:
+                            start += N
+                        entry = start + tl.arange(0, N)
+                        ahead = tl.load(order + entry, mask=entry < stop, other=0)  # one step ahead of its keys
+                    else:
+                        j = entry
                     at_k = K + b * k_b + kv * k_h + j[:, None].to(tl.int64) * k_n + d[None, :]
                     at_v = V + b * v_b + kv * v_h + j[:, None].to(tl.int64) * v_n + dv[None, :]
                     if masked:
-                        k = tl.load(at_k, mask=j_ok[:, None] & (d < D)[None, :], other=0.0)
+                        k = tl.load(at_k, mask=here[:, None] & (d < D)[None, :], other=0.0)
                     else:
                         k = tl.load(at_k, mask=(d < D)[None, :], other=0.0)
                     if CAST:
                         k = k.to(tl.float32)
-                    keys = base + j if CONSECUTIVE else tl.load(KPos + j, mask=j_ok, other=0).to(tl.int32)
+                    keys = base + j if CONSECUTIVE else tl.load(KPos + j, mask=here, other=0).to(tl.int32)
                     z = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                    if masked and G > 1:
+                    if ROLL and (R > 1 or TABLES):
                         group = member(
                             b, pos, keys, Groups, RollStart, n_table, G, ROLL, RADIX, SIZE, ROLL_GROUP, NEAREST,
                             FARTHEST,
                         )  # fmt: skip
                     if SOFTCAP:
                         z = softcap * LOG2E * (1 - 2 / (tl.exp2(z * (2 * unit / softcap)) + 1))
-                    elif not FOLD and not (ROW_TABLES and (not masked or R > 1)):
+                    elif not FOLD and not ROW_TABLES:
                         z *= unit
-                    if ROW_TABLES and (not masked or R > 1):
+                    if ROW_TABLES:
                         if SIGNED:
                             z = z * tl.where(z >= 0, up[:, None], down[:, None]) + shift[:, None]
                         else:
                             z = z * up[:, None] + shift[:, None]
                     else:
                         z = key_scores(
-                            z, b, h, group if masked and R == 1 and G > 1 else g, pos, keys, Active, Tables, KeySlope,
+                            z, b, h, group if ROLL and TABLES and R == 1 else g, pos, keys, Active, Tables, KeySlope,
                             n_batch, n_heads, n_table, slope_heads, G, P, TABLES, KEY_SLOPE,
                         )  # fmt: skip
                     if masked:
-                        ok = visible(row_ok[:, None] & j_ok[None, :], b, pos, keys, Hidden, n_batch, CAUSAL, HIDDEN)
+                        ok = visible(row_ok[:, None] & here[None, :], b, pos, keys, Hidden, n_batch, CAUSAL, HIDDEN)
                         if SPANS:
                             ok = ok & (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
-                        if R > 1:
+                        if ROLL and R > 1:
                             ok = ok & (group == g)
                         if MASK > 0:
                             seen = tl.load(
                                 Mask + b * m_b + h * m_h + iq[:, None] * m_q + j[None, :],
-                                mask=row_ok[:, None] & j_ok[None, :],
+                                mask=row_ok[:, None] & here[None, :],
                                 other=0,
                             )
                             if MASK == 1:
@@ -244,14 +247,14 @@ def tiles_kernel(
                     shrink = tl.exp2(top - safe)
                     total = total * shrink + tl.sum(p, 1)
                     if masked:
-                        v = tl.load(at_v, mask=j_ok[:, None] & (dv < DV)[None, :], other=0.0)
+                        v = tl.load(at_v, mask=here[:, None] & (dv < DV)[None, :], other=0.0)
                     else:
                         v = tl.load(at_v, mask=(dv < DV)[None, :], other=0.0)
                     if CAST:
                         v = v.to(tl.float32)
                     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
                     top = new
-            visited = before + after + mixed + clean > 0
+            visited = before + after + clean > 0
             if PERSIST:
                 mine = (kinds == kind)[None, :]
                 tops = tl.where(mine, top[:, None], tops)
