@@ -122,7 +122,11 @@ class _Reading:
     q_pos: Tensor = field(default_factory=lambda: torch.empty(0))
     past: int = 0
     tail: Tail | None = None
+    frame: None = None
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def watches(self, layer: int) -> bool:
+        return False
 
     def before(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
