@@ -29,7 +29,6 @@ from kernels import graph_time
 
 from vlmfix.kernels.contrast import triton_choose
 from vlmfix.kernels.grouped_attention import tiles, triton
-from vlmfix.kernels.saliency_row import triton as saliency
 
 CASES = {case.name: case for case in [*ATTENTION, *OPERATIONS]}
 Choice = dict[str, Any]
@@ -48,19 +47,18 @@ def tile(rows: int, step: int, warps: int, stages: int, **more: Any) -> Choice:
     return {"M": rows, "N": step, "num_warps": warps, "num_stages": stages} | more
 
 
-WIDE = [tile(128, 64, 8, 2), tile(128, 64, 8, 3), tile(128, 64, 8, 4), tile(128, 32, 8, 4), tile(128, 128, 8, 2)]
-TALL = [tile(64, 64, 4, 2), tile(64, 64, 4, 3), tile(64, 32, 4, 4), tile(64, 128, 4, 2), tile(64, 128, 8, 2)]
+WIDE = [tile(128, 64, 8, 2), tile(128, 64, 8, 3), tile(128, 64, 8, 4), tile(128, 32, 8, 4)]
+TALL = [tile(64, 64, 4, 2), tile(64, 64, 4, 3), tile(64, 32, 4, 3), tile(64, 32, 4, 4)]
 CHOICES: dict[str, list[Choice]] = {
     "prefill B=4 32/32 4096": [*WIDE, tile(128, 64, 8, 3, parts="float32"), *TALL[:2]],
     "prefill B=4 32/32 4096 slopes": [*WIDE, *TALL[:2]],
-    "rows 64 B=1 32/32 K=4096": [row | {"splits": n} for row in TALL for n in (4, 8)]
-    + [tile(64, 64, 4, 3, splits=n) for n in (6, 12)],
-    "rows 64 B=1 28/4 K=640": [row | {"splits": n} for row in TALL[1:3] for n in (1, 3, 5, 10)],
-    "prefill B=1 28/4 640": [*WIDE[1:2], *TALL[:4], tile(64, 64, 4, 3, splits=2)],
-    "saliency row C=5 32/32 K=640": grid(parts=(True, False)),
-    "saliency row C=5 28/4 K=4096": grid(parts=(True, False)),
-    "contrast draw B=1 V=152064": grid(few=(256, 1024)),
-    "decode B=8 32/8 K=4096": grid(N=(32, 64, 128), num_warps=(4,), num_stages=(3,), factor=(1, 2)),
+    "rows 64 B=1 32/32 K=4096": [row | {"splits": n} for row in TALL[1:] for n in (4, 8, 12)],
+    "rows 64 B=1 28/4 K=640": [row | {"splits": n} for row in TALL[1:] for n in (1, 3, 5, 9)],
+    "prefill B=1 28/4 640": [*WIDE[1:2], *TALL],
+    "contrast draw B=1 V=152064": grid(few=(128, 256, 1024)),
+    "decode B=8 32/8 K=4096": grid(N=(32, 64), num_warps=(4,), num_stages=(3, 4), factor=(1,)),
+    "decode B=1 32/8 K=65536": grid(N=(32, 64), num_warps=(4,), num_stages=(3, 4), factor=(1,)),
+    "decode B=1 28/4 K=640": grid(N=(32, 64), num_warps=(4,), num_stages=(3,), factor=(0.5, 1)),
 }
 
 
@@ -80,10 +78,8 @@ def chosen(choice: Choice) -> Iterator[None]:
                 put(tiles, "_splits", lambda *_: choice["splits"])
         elif "factor" in choice:
             put(triton, "_shapes", partial(_split_shapes, triton._shapes, launch, choice["factor"]))
-        elif "few" in choice:
-            put(triton_choose, "FEW", choice["few"])
         else:
-            put(saliency, "PARTS", choice["parts"])
+            put(triton_choose, "FEW", choice["few"])
         yield
 
 

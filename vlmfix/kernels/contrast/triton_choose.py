@@ -18,7 +18,7 @@ from vlmfix.kernels.dispatch import INTERPRETED, ceil_div, launches, operation, 
 NEAR = 10.0
 """Scores this many nats (at temperature 1) below the best are collected."""
 
-FEW = 64 if INTERPRETED else 1024
+FEW = 64 if INTERPRETED else 256
 """Most collected scores among which the draw is settled directly."""
 
 KEEP = min(FEW, BLOCK)

@@ -295,7 +295,7 @@ def _launch(
         _merge_rows[(ceil_div(queries, rows), batch * heads)](*pointers, *numbers, QB=rows, DB=wide, **constants)
         return
     pool = power_of_two(heads) if pooled else 1
-    part = min(power_of_two(size, 16), 64)
+    part = min(power_of_two(size, 16), 64 if batch * heads * queries < 512 else 256)
     constants |= {
         "SB": min(power_of_two(splits), max(1, 4096 // (pool * block))),
         "TB": max(block, min(power_of_two(splits) * block, 64)),

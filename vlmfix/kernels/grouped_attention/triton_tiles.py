@@ -41,7 +41,8 @@ def key_scores(z, b, h, group, pos, keys, active, tables, key_slope, n_batch, n_
 def tiles_kernel(
     Q, K, V, Mask, QPos, KPos, Low, High, Groups, Active, Tables, KeySlope, KeyWeight, Hidden, RollStart, scale,
     softcap, floor, n_batch, n_heads, n_kv, n_q, n_k, n_table, slope_heads, q_b, q_h, q_q, k_b, k_h, k_n, v_b, v_h, v_n,
-    m_b, m_h, m_q, span_b, Order, Ranks, Counter, HeadScale, Sinks, Arguments, Scratch, Acc, Stat, Out, n_items, splits, rule_plan, o_b, o_h, o_q,
+    m_b, m_h, m_q, span_b, Order, Ranks, Counter, HeadScale, Sinks, Arguments, Scratch, Acc, Stat, Out, n_items, splits,
+    rule_plan, o_b, o_h, o_q,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr,
     TABLES: tl.constexpr, SIGNED: tl.constexpr, KEY_SLOPE: tl.constexpr, WEIGHTS: tl.constexpr, MASK: tl.constexpr,

@@ -1,9 +1,9 @@
-"""Saliency of one query row: keys and values are read once for all candidates, split over the keys.
+"""Saliency of one query row, split over heads and keys; all candidates of a head share one reading of keys and values.
 
-Tile rows are pairs of a candidate and a query head that shares the key head. One more candidate, whose dP is 1, yields
-sum_j A_j k_j, so that dq = scale * (sum_j A_j dP_j k_j - (sum_j A_j dP_j) sum_j A_j k_j) needs no second pass. Products
-of float32 numbers with half-precision keys and values run on the tensor cores, the former as sums of three numbers that
-tf32 holds exactly. A second kernel adds up the splits and finishes all gradients.
+One more candidate, whose dP is 1, yields sum_j A_j k_j, so that
+dq = scale * (sum_j A_j dP_j k_j - (sum_j A_j dP_j) sum_j A_j k_j) needs no second pass. All sums are float32 sums of
+ordinary multiply-adds: tensor cores truncate what they add up, which the error budget does not allow here. A second
+kernel adds up heads and splits and finishes all gradients.
 """
 
 from __future__ import annotations
@@ -13,93 +13,88 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import ceil_div, launches, multiprocessors, must_cast, operation, power_of_two, precision
+from vlmfix.kernels.dispatch import INTERPRETED, ceil_div, launches, multiprocessors, operation, power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-PARTS = True
-"""Whether float32 numbers go through the tensor cores in three parts, where keys and values are of half precision."""
-
 
 @triton.jit
-def coarse(x):
-    """The part of float32 numbers that tf32 holds exactly."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+def exponential(x):
+    """exp(x) of x <= 88 to about one rounding, where the hardware's exp2 of x log2(e) is off by several.
 
-
-@triton.jit
-def product(x, y, acc, SPLIT: tl.constexpr):
-    """Sum acc + x @ y in float32. SPLIT: the numbers of y fit tf32, and x goes in as three parts that do."""
-    if SPLIT:
-        first = coarse(x)
-        second = coarse(x - first)
-        acc = tl.dot(x - first - second, y, acc, input_precision="tf32")
-        acc = tl.dot(second, y, acc, input_precision="tf32")
-        return tl.dot(first, y, acc, input_precision="tf32")
-    return tl.dot(x, y, acc, input_precision="ieee")
+    2^n exp(f) with the polynomial of Cephes' expf for f in [-log(2) / 2, log(2) / 2].
+    """
+    n = tl.floor(tl.maximum(x, -87.0) * LOG2E + 0.5)
+    f = tl.maximum(x, -87.0) - n * 0.693359375
+    f = f + n * 2.12194440e-4
+    y = 1.9875691500e-4 * f + 1.3981999507e-3
+    y = y * f + 8.3334519073e-3
+    y = y * f + 4.1665795894e-2
+    y = y * f + 1.6666665459e-1
+    y = y * f + 5.0000001201e-1
+    y = y * f * f + f + 1
+    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x >= -87.0, y * power, 0.0)
 
 
 @triton.jit
 def _saliency(
-    Q, K, V, Lse, DOut, Own, Start, Bias, Saliency, Acc, Total, scale, n_heads, n_kv, n_k, splits, q_b, q_h, k_b, k_h,
-    k_n, v_b, v_h, v_n, bias_b, bias_h, C: tl.constexpr, CB: tl.constexpr, SHARED: tl.constexpr, SB: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, N: tl.constexpr, START: tl.constexpr,
-    BIAS: tl.constexpr, CAST: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    Q, K, V, Lse, DOut, Own, Start, Bias, Part, Acc, Total, scale, n_heads, n_kv, n_k, splits, q_b, q_h, k_b, k_h,
+    k_n, v_b, v_h, v_n, bias_b, bias_h, C: tl.constexpr, CB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr, N: tl.constexpr, START: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One program: one split of the keys of one key/value head."""
+    """One program: one split of the keys of one query head."""
     split = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    b = bh // n_kv
-    kv = bh % n_kv
-    row = tl.arange(0, CB * SB)
-    c = row // SB
-    shared = row % SB
-    h = kv * SHARED + shared
-    row_ok = (c <= C) & (shared < SHARED)
+    b = bh // n_heads
+    h = bh % n_heads
+    kv = h // (n_heads // n_kv)
+    c = tl.arange(0, CB)
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
-    q = tl.load(Q + b * q_b + h[:, None] * q_h + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
+    q = tl.load(Q + b * q_b + h * q_h + d, mask=d < D, other=0.0).to(tl.float32)
     d_out = tl.load(
         DOut + ((b * C + c) * n_heads + h)[:, None] * DV + dv[None, :],
-        mask=(row_ok & (c < C))[:, None] & (dv < DV)[None, :],
+        mask=(c < C)[:, None] & (dv < DV)[None, :],
         other=0.0,
     ).to(tl.float32)
-    if CAST:
-        q = q.to(tl.float32)
-    lse = tl.load(Lse + b * n_heads + h, mask=row_ok, other=float("-inf")).to(tl.float32)
+    lse = tl.load(Lse + bh).to(tl.float32)
+    safe = tl.where(lse == float("-inf"), 0.0, lse)
+    sees = tl.where(lse == float("-inf"), 0.0, 1.0)
     first = tl.load(Start + b).to(tl.int32) if START else 0
     last = tl.minimum(tl.load(Own + b).to(tl.int32) + 1, n_k)
-    each = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), splits), 16) * 16
+    each = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), splits), N) * N
     begin = first + split * each
     end = tl.minimum(begin + each, last)
-    acc = tl.zeros([CB * SB, BD], tl.float32)
-    total = tl.zeros([CB * SB], tl.float32)
-    candidate = tl.arange(0, CB)
+    acc = tl.zeros([CB, N, BD], tl.float32)
+    total = tl.zeros([CB, N], tl.float32)
+    at_k = K + b * k_b + kv * k_h + d[None, :]
+    at_v = V + b * v_b + kv * v_h + dv[None, :]
+    j = begin + tl.arange(0, N)
+    next_k = tl.load(at_k + j[:, None].to(tl.int64) * k_n, mask=(j < end)[:, None] & (d < D)[None, :], other=0.0)
+    next_v = tl.load(at_v + j[:, None].to(tl.int64) * v_n, mask=(j < end)[:, None] & (dv < DV)[None, :], other=0.0)
     for at in range(begin, end, N):
         j = at + tl.arange(0, N)
         here = j < end
-        line = j[:, None].to(tl.int64)
-        k = tl.load(K + b * k_b + kv * k_h + line * k_n + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
-        v = tl.load(
-            V + b * v_b + kv * v_h + line * v_n + dv[None, :], mask=here[:, None] & (dv < DV)[None, :], other=0.0
-        )
-        if CAST:
-            k = k.to(tl.float32)
-        z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        ok = (row_ok & (lse != float("-inf")))[:, None] & here[None, :]
+        k = next_k.to(tl.float32)
+        v = next_v.to(tl.float32)
+        more = (j + N < end)[:, None]
+        line = (j + N)[:, None].to(tl.int64)
+        next_k = tl.load(at_k + line * k_n, mask=more & (d < D)[None, :], other=0.0)
+        next_v = tl.load(at_v + line * v_n, mask=more & (dv < DV)[None, :], other=0.0)
+        z = tl.sum(k * q[None, :], 1) * scale
         if BIAS:
-            z += tl.load(Bias + b * bias_b + h[:, None] * bias_h + j[None, :], mask=ok, other=0.0).to(tl.float32)
-        a = tl.where(ok, tl.exp2((z - tl.where(lse == float("-inf"), 0.0, lse)[:, None]) * LOG2E), 0.0)
-        dp = product(d_out, tl.trans(v.to(tl.float32)), tl.zeros([CB * SB, N], tl.float32), SPLIT)
-        part = a * tl.where((c == C)[:, None], 1.0, dp)
-        acc = product(part, k.to(tl.float32), acc, SPLIT)
-        total += tl.sum(part, 1)
-        pooled = tl.sum(tl.reshape(tl.abs(part), (CB, SB, N)), 1)
-        to = Saliency + (bh * C + candidate[:, None]) * n_k + j[None, :]
-        tl.store(to, pooled, mask=(candidate < C)[:, None] & here[None, :])
-    line = ((bh * splits + split) * (C + 1) + c) * SHARED + shared
-    tl.store(Total + line, total, mask=row_ok)
-    tl.store(Acc + line[:, None] * D + d[None, :], acc, mask=row_ok[:, None] & (d < D)[None, :])
+            z += tl.load(Bias + b * bias_b + h * bias_h + j, mask=here, other=0.0).to(tl.float32)
+        a = tl.where(here, exponential(z - safe), 0.0) * sees
+        dp = tl.sum(v[None, :, :] * d_out[:, None, :], 2)
+        part = a[None, :] * tl.where((c == C)[:, None], 1.0, dp)
+        acc += part[:, :, None] * k[None, :, :]
+        total += part
+        to = Part + (bh * C + c[:, None]) * n_k + j[None, :]
+        tl.store(to, tl.abs(part), mask=(c < C)[:, None] & here[None, :])
+    line = (bh * splits + split) * (C + 1) + c
+    tl.store(Total + line, tl.sum(total, 1), mask=c <= C)
+    tl.store(Acc + line[:, None] * D + d[None, :], tl.sum(acc, 1), mask=(c <= C)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -126,13 +121,13 @@ def _finish(
         delta = tl.zeros([SB], tl.float32)
         for at in range(0, splits, CHUNK):
             split = at + tl.arange(0, CHUNK)
-            row = (((b * n_kv + kv) * splits + split) * (C + 1))[:, None] * SHARED + s[None, :]
+            row = ((b * n_heads + h)[None, :] * splits + split[:, None]) * (C + 1)
             ok = (split < splits)[:, None] & s_ok[None, :]
-            delta += tl.sum(tl.load(Total + row + c * SHARED, mask=ok, other=0.0), 0)
+            delta += tl.sum(tl.load(Total + row + c, mask=ok, other=0.0), 0)
             inside = ok[:, :, None] & (d < D)[None, None, :]
             to = Acc + row[:, :, None] * D + d[None, None, :]
-            acc += tl.sum(tl.load(to + c * SHARED * D, mask=inside, other=0.0), 0)
-            plain += tl.sum(tl.load(to + C * SHARED * D, mask=inside, other=0.0), 0)
+            acc += tl.sum(tl.load(to + c * D, mask=inside, other=0.0), 0)
+            plain += tl.sum(tl.load(to + C * D, mask=inside, other=0.0), 0)
         out = (b * C + c) * n_heads + h
         tl.store(Dq + out[:, None] * D + d[None, :], scale * (acc - delta[:, None] * plain), mask=d_ok)
 
@@ -146,7 +141,7 @@ def _finish(
         z = tl.sum(q * k[None, :], 1) * scale
         if BIAS:
             z += tl.load(Bias + b * bias_b + h * bias_h + own, mask=s_ok, other=0.0).to(tl.float32)
-        a = tl.where(lse == float("-inf"), 0.0, tl.exp2((z - tl.where(lse == float("-inf"), 0.0, lse)) * LOG2E))
+        a = tl.where(lse == float("-inf"), 0.0, exponential(z - tl.where(lse == float("-inf"), 0.0, lse)))
         ds = a * (tl.sum(d_out * v[None, :], 1) - delta) * scale
         to = (b * C + c) * n_kv + kv
         tl.store(Dk + to * D + d, tl.sum(ds[:, None] * q, 0), mask=d < D)
@@ -161,11 +156,10 @@ def _finish(
         if START:
             seen = seen & (j >= tl.load(Start + b))
         saliency = tl.zeros([N], tl.float32)
-        for at in range(0, n_kv, HB):
-            kv = at + tl.arange(0, HB)
-            row = (b * n_kv + kv) * C + c
-            part = tl.load(Part + row[:, None] * n_k + j[None, :], mask=(kv < n_kv)[:, None] & seen[None, :], other=0.0)
-            saliency += tl.sum(part, 0)
+        for at in range(0, n_heads, HB):
+            h = at + tl.arange(0, HB)
+            to = Part + ((b * n_heads + h) * C + c)[:, None] * n_k + j[None, :]
+            saliency += tl.sum(tl.load(to, mask=(h < n_heads)[:, None] & seen[None, :], other=0.0), 0)
         tl.store(Saliency + (b * C + c) * n_k + j, saliency, mask=j < n_k)
 
 
@@ -178,14 +172,13 @@ def saliency_row(
     batch, heads, _, size = q.shape
     n_kv, keys, size_v = k.shape[1], k.shape[2], v.shape[3]
     count, shared = d_out.shape[1], heads // n_kv
-    block_shared = power_of_two(shared)
-    block = power_of_two(count + 1, max(1, 16 // block_shared))
-    tall = block * block_shared
-    step = 32 if max(size, size_v) * tall <= 8192 else 16
-    splits = max(1, min(ceil_div(keys, step), 32, 2 * multiprocessors(q.device.index) // (batch * n_kv)))
-    part = torch.empty(batch, n_kv, count, keys, device=q.device, dtype=torch.float32)
-    acc = torch.empty(batch, n_kv, splits, count + 1, shared, size, device=q.device, dtype=torch.float32)
-    total = torch.empty(batch, n_kv, splits, count + 1, shared, device=q.device, dtype=torch.float32)
+    wide, block, block_shared = power_of_two(max(size, size_v), 16), power_of_two(count + 1), power_of_two(shared)
+    step = 16 if INTERPRETED else min(16, max(1, 8192 // (block * wide)))
+    most = ceil_div(4 * multiprocessors(q.device.index), batch * heads)
+    splits = max(1, min(ceil_div(keys, 4 * step), 32, most))
+    part = torch.empty(batch, heads, count, keys, device=q.device, dtype=torch.float32)
+    acc = torch.empty(batch, heads, splits, count + 1, size, device=q.device, dtype=torch.float32)
+    total = torch.empty(batch, heads, splits, count + 1, device=q.device, dtype=torch.float32)
     results = _results(q, k, v, d_out)
     lse, d_out = lse.contiguous(), d_out.contiguous()
     strides = (
@@ -195,8 +188,6 @@ def saliency_row(
     )  # fmt: skip
     constants = {
         "C": count,
-        "SHARED": shared,
-        "SB": block_shared,
         "D": size,
         "DV": size_v,
         "BD": power_of_two(size, 16),
@@ -205,16 +196,15 @@ def saliency_row(
         "BIAS": bias is not None,
     }
     launches["saliency_row"] += 1
-    _saliency[(splits, batch * n_kv)](
-        q, k, v, lse, d_out, own, start, bias, part, acc, total, scale, heads, n_kv, keys, splits, *strides,
-        CB=block, N=step, CAST=must_cast(q.dtype), PRECISION=precision(q.dtype), SPLIT=PARTS and q.element_size() == 2,
-        num_warps=8 if tall >= 64 else 4, **constants,
+    _saliency[(splits, batch * heads)](
+        q, k, v, lse, d_out, own, start, bias, part, acc, total, scale, heads, n_kv, keys, splits, *strides, CB=block,
+        N=step, num_warps=8, **constants,
     )  # fmt: skip
     grads = batch * n_kv * count
     _finish[(grads + batch * count * ceil_div(keys, 128),)](
         q, k, v, lse, d_out, own, start, bias, part, acc, total, *results, scale, heads, n_kv, keys, splits, grads,
-        *strides, CHUNK=min(power_of_two(splits), max(1, 4096 // (block_shared * constants["BD"]))),
-        HB=min(power_of_two(n_kv), 32), N=128, num_warps=4, **constants,
+        *strides, SHARED=shared, SB=block_shared, HB=min(power_of_two(heads), 32), N=128,
+        CHUNK=min(power_of_two(splits), max(1, 4096 // (block_shared * wide))), num_warps=4, **constants,
     )  # fmt: skip
     return results
 
