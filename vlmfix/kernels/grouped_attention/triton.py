@@ -251,7 +251,7 @@ def _choice(
     rows = queries * (heads // n_kv) * kinds
     wide = max(size, size_v) * bytes_each
     tile = power_of_two(min(rows, 64 if bytes_each == 2 else 32), 16)
-    most = 64 if heads == n_kv else 32  # shared keys: more operations per byte, which short steps overlap better
+    most = 64 if heads == n_kv or keys < 2048 else 32  # shared keys: more work per byte, which short steps overlap
     step = 16 if INTERPRETED else max(16, min(most, 16384 // power_of_two(wide)))
     slots = 3 * processors
     work = batch * n_kv * ceil_div(rows, tile)
