@@ -244,7 +244,7 @@ class FixedVLM:
 
     def _shared(self, batch: Batch, generation: Mapping[str, Any]) -> dict[str, Any]:
         """A batch's inputs, with the prefixes of rows about one picture read once where that changes nothing."""
-        if watched(self.model):
+        if watched(self.model) or self._engine.worthwhile(self.parts, generation.get("max_new_tokens")):
             return batch.inputs
         alone = len(set(batch.pictures)) == len(batch.pictures) or batch.inputs.get("pixel_values") is None
         asked = any(generation.get(name) for name in ("num_beams", "num_return_sequences", "cache_implementation"))

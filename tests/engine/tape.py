@@ -48,7 +48,7 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-def record(step, restore):
+def record(step, restore, device):
     """What `vlmfix.engine.sessions.cuda_graph` does, on a CPU."""
     step()
     restore()

@@ -12,7 +12,10 @@ from vlmfix.commands.options import Json
 from vlmfix.errors import UsageError, nearest
 from vlmfix.hf.families import FAMILIES, Family
 
-COLUMNS = ("family", "decoder", "visual tokens per picture", "mask", "branches", "without torchvision", "status")
+COLUMNS = (
+    *("family", "decoder", "visual tokens per picture", "mask", "branches", "captured step", "without torchvision"),
+    "status",
+)
 
 
 def models(
@@ -37,4 +40,4 @@ def models(
 
 def cells(row: Family) -> tuple[str, ...]:
     """A family's line in tables."""
-    return row.name, row.decoder, row.tokens, row.mask, row.branches, row.processor, row.status
+    return row.name, row.decoder, row.tokens, row.mask, row.branches, row.replayed, row.processor, row.status

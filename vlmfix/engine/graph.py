@@ -38,7 +38,7 @@ FEWEST = 8
 
 
 class Unfit(Exception):  # noqa: N818 - it is an answer, not a fault
-    """This prompt cannot run on a cache of fixed size; the message says why."""
+    """This model's cache cannot be one of fixed size; the message says why."""
 
 
 class Engine:
@@ -72,6 +72,10 @@ class Engine:
         """Whether steps are captured where nothing speaks against it."""
         return self.kind == "graph" or (self.kind == "auto" and parts.device.type == "cuda")
 
+    def worthwhile(self, parts: Parts, new: int | None) -> bool:
+        """Whether so many new tokens are worth a captured step; None for as many as the model likes."""
+        return self.wanted(parts) and (self.kind == "graph" or new is None or new >= FEWEST)
+
     def generate(
         self,
         parts: Parts,
@@ -95,6 +99,10 @@ class Engine:
             self.report = {"name": "hf"}
             return run(generate)
         reason = self._unfit or why_not(parts, compiled, kwargs, watched, self.kind == "auto")
+        new = effective("max_new_tokens", kwargs, parts.model.generation_config)
+        if not reason and not self.worthwhile(parts, new):
+            self.report = {"name": "hf", "reason": f"{new} new tokens are not worth capturing a step"}
+            return run(generate)
         if not reason:
             try:
                 return run(lambda **given: stepping.call(generate, lambda task: self._loop(parts, task), given))
@@ -107,12 +115,9 @@ class Engine:
     def _loop(self, parts: Parts, task: Task) -> Any:
         request: Any = hooks.REQUEST.get()
         prefilled = task.prefill()
-        reason = self._unfit = slots.why_not(prefilled.cache, parts.depth)
-        valid, _ = request.standing(prefilled.valid)
-        if not reason and not bool((valid == (valid.long().cumsum(1) > 0)).all()):
-            reason = "the prompt has padding behind its first token"
-        if reason:
-            raise Unfit(reason)
+        self._unfit = slots.why_not(prefilled.cache, parts.depth)
+        if self._unfit:
+            raise Unfit(self._unfit)
         with self._lock:  # a session holds one generation at a time
             return self._decode(parts, request, task, prefilled)
 
@@ -264,11 +269,11 @@ def why_not(parts: Parts, compiled: Compiled, kwargs: dict[str, Any], watched: b
             return f"{name}={asked(name)!r}"
     if kwargs.get("synced_gpus"):
         return "synced_gpus=True"
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and (mask.dim() != 2 or bool((mask.bool() != (mask.cumsum(1) > 0)).any())):
+        return "the prompt has padding behind its first token, or a mask of more than two dimensions"
     if automatic and asked("return_dict_in_generate"):
         return "return_dict_in_generate=True hands out the cache, which a captured step keeps"
-    new = asked("max_new_tokens")
-    if automatic and new is not None and new < FEWEST:
-        return f"{new} new tokens are not worth capturing a step"
     if getattr(parts.model, "hf_device_map", None) and len(set(parts.model.hf_device_map.values())) > 1:
         return "the model is spread over several devices"
     return ""

@@ -165,7 +165,8 @@ class Session:
         for form in forms:
             try:
                 if recorder is not None:
-                    replay, self.captured = recorder(form, lambda: _restore(clock, before)), True
+                    replay = recorder(form, lambda: _restore(clock, before), self._tokens.device)
+                    self.captured = True
                 elif form == self._compiled:
                     form()
                     replay = form
@@ -186,31 +187,36 @@ class Session:
             self._advance()
 
 
-def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
+Recorder = Callable[[Callable[[], None], Callable[[], None], torch.device], Callable[[], None]]
+
+
+def cuda_graph(step: Callable[[], None], restore: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Records a step in a CUDA graph.
 
     Args:
         step: what is recorded; it runs once before, so that kernels are built and libraries ready.
         restore: undoes what that run changed.
+        device: where it runs.
 
     Returns:
         What runs the recorded step.
     """
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        restore()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
-    finally:
-        torch.cuda.synchronize()
+    with torch.cuda.device(device):
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            restore()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                step()
+        finally:
+            torch.cuda.synchronize()
     return graph.replay
 
 
-RECORDERS: dict[str, Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]] = {"cuda": cuda_graph}
+RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
 """Kind of device -> what records a step on it; elsewhere steps run as they are."""
 
 

@@ -42,6 +42,11 @@ class Family:
     notes: str = ""
 
     @property
+    def replayed(self) -> str:
+        """Whether a captured step can be replayed: yes, no and why, or unknown."""
+        return f"no: {self.replay}" if self.replay else "yes" if self.status == "tested" else "unknown"
+
+    @property
     def tiled(self) -> bool:
         """Whether pictures are cut into tiles, of which each becomes a picture of its own."""
         return "tiles" in self.tokens
@@ -54,6 +59,7 @@ class Family:
 
 MROPE = "mm_token_type_ids"
 BEAMS = "beam search and num_return_sequences fail in transformers 5.23 itself (picture features are not repeated)"
+RUNNING = "some of its layers keep running states instead of keys"
 NEWLINES = "newline embeddings count as visual tokens"
 
 _TESTED = (
@@ -136,6 +142,7 @@ _TESTED = (
         "t·h·w/4",
         types=MROPE,
         processor="image-only",
+        replay=RUNNING,
         notes="only the full-attention layers can be acted on; layer numbers have gaps",
     ),
     Family(
@@ -143,6 +150,7 @@ _TESTED = (
         "Qwen3.5, linear and full attention",
         "patches/16",
         processor="image-only",
+        replay=RUNNING,
         notes="only the full-attention layers can be acted on; 5.17 takes pictures of one size per batch only",
     ),
     Family(
@@ -150,6 +158,7 @@ _TESTED = (
         "LFM2, convolution and attention",
         "patches/4",
         processor="torchvision",
+        replay=RUNNING,
         notes="only the attention layers can be acted on; layer numbers have gaps",
     ),
     Family("video_llama_3", "Qwen2", "t·h·w/merge²", processor="image-only"),
@@ -160,6 +169,7 @@ _TESTED = (
         "patches/pooling²",
         mask="window",
         processor="unknown",
+        replay="some of its layers keep no keys of their own",
         notes="head size differs between layers",
     ),
     Family("aya_vision", "Cohere2, sliding and full layers", "tiles x patches/4", mask="window"),
@@ -180,6 +190,7 @@ _TESTED = (
         "tiles x patches·ratio², separators between tiles",
         mask="chunk",
         processor="torchvision",
+        replay="its chunked layers see keys by their place in a chunk",
         notes=f"{BEAMS}; a static cache fails in 5.17 itself",
     ),
     Family("fuyu", "Persimmon", "patches, a newline token per row", min_transformers="5.23", notes=BEAMS),
