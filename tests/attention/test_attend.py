@@ -22,7 +22,7 @@ H, HKV, D = 4, 2, 8
 class Fixed:
     """A request that has the same plans for every layer."""
 
-    tail = None
+    tail = frame = None
 
     def __init__(self, plans, past, queries):
         self.plans, self.past = tuple(plans), past
