@@ -306,7 +306,7 @@ def test_compiled_blocks_give_what_the_loop_gives(recipe, monkeypatch):
     inputs = lab.under("llava").inputs(rows)
     with vlmfix.wrap(build("llava", fresh=True).model, None, recipe, engine="graph", compile=True) as vlm:
         got = lab.trace(vlm.generate, inputs, max_new_tokens=NEW)
-        assert vlm.report["engine"]["compiled"], vlm.report["engine"]
+        assert vlm.report["engine"]["form"] == "compiled", vlm.report["engine"]
     lab.assert_same(got, lab.fixed("llava", recipe, rows, max_new_tokens=NEW), 5e-5)
     assert not any("forward" in vars(block) for block in vlm.parts.blocks.values())
 
@@ -321,8 +321,8 @@ def test_what_does_not_compile_runs_as_it_is(monkeypatch, caplog):
         got = lab.trace(vlm.generate, inputs, max_new_tokens=NEW)
     lab.assert_same(got, lab.fixed("llava", "pai", (1,), max_new_tokens=NEW), 5e-5)
     report = vlm.report["engine"]
-    assert (report["captured"], report["compiled"]) == (True, False)
-    assert "cannot be compiled" in caplog.text
+    assert (report["captured"], report["form"]) == (True, "fused")
+    assert "cannot be captured compiled" in caplog.text
 
 
 def test_compiling_needs_the_engine():

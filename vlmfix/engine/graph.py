@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmfix import registry
 from vlmfix.attention.compiled import Compiled
 from vlmfix.attention.request import Request
-from vlmfix.engine.compiling import Blocks
+from vlmfix.engine.forms import Form, forms
 from vlmfix.engine.sessions import Session
 from vlmfix.errors import UsageError
 from vlmfix.hf import hooks, slots, stepping
@@ -58,7 +58,7 @@ class Engine:
         if compile and kind == "hf":
             raise UsageError("compile=True: only captured steps are compiled; choose engine='graph' or 'auto'")
         self.kind, self.compile = kind, compile
-        self._blocks: Blocks | None = None
+        self._forms: tuple[Form, ...] | None = None
         self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
         self._unfit = ""
         self._lock = threading.Lock()
@@ -140,7 +140,7 @@ class Engine:
                 session.take(drawn)
                 output.note(session.scores, processed)
             steps += 1
-        self.report |= {"steps": steps, "captured": session.captured, "compiled": session.compiled}
+        self.report |= {"steps": steps, "captured": session.captured, "form": session.form}
         self.report["capture_seconds"] = 0.0 if self.report["reused"] else session.capture_seconds
         if session.reason:
             self.report["reason"] = session.reason
@@ -162,9 +162,9 @@ class Engine:
         self._sessions.pop(key, None)
         while len(self._sessions) >= KEPT:
             self._sessions.popitem(last=False)
-        if self.compile and self._blocks is None:
-            self._blocks = Blocks(parts)
-        self._sessions[key] = Session(parts, request, task, prefilled, capacity, self._blocks)
+        if self._forms is None:
+            self._forms = forms(parts, self.compile)
+        self._sessions[key] = Session(parts, request, task, prefilled, capacity, self._forms)
         return self._sessions[key]
 
 

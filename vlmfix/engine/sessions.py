@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.request import Request
-from vlmfix.engine.compiling import Blocks
+from vlmfix.engine.forms import AS_IT_IS, Form
 from vlmfix.hf.hooks import serving
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.slots import MARK, Frame, SlotCache
@@ -31,7 +31,7 @@ class Session:
         task: the call it is made for.
         prefilled: its prompt.
         capacity: slots of the cache.
-        blocks: compiles the decoder blocks before the step is captured; None to leave them as they are.
+        forms: of the decoder, the preferred one first; where none works it runs as it is.
     """
 
     def __init__(
@@ -41,16 +41,16 @@ class Session:
         task: Task,
         prefilled: Prefilled,
         capacity: int,
-        blocks: Blocks | None = None,
+        forms: Sequence[Form] = (),
     ) -> None:
         valid, positions = request.standing(prefilled.valid)
         device = valid.device
-        self.parts, self.request, self._blocks = parts, request, blocks
+        self.parts, self.request, self._forms = parts, request, forms
         self.choice = Choice(task)
         self.capacity = capacity
         self.capture_seconds = 0.0
         self.reason = ""
-        self.captured = self.compiled = False
+        self.captured, self.form = False, AS_IT_IS.name
         self._replay: Callable[[], None] | None = None
         self._copies = request.copies
         self._ends, self._fill = task.ends, task.fill
@@ -160,31 +160,33 @@ class Session:
         clock = [frame.slot, frame.number, self._positions, self._cursor, self._lived, self._tokens, self._done]
         before = [t.clone() for t in clock]
         recorder = RECORDERS.get(self._tokens.device.type)
-        forms = [self._advance] if self._blocks is None else [self._compiled, self._advance]
-        replay = forms[-1]
-        for form in forms:
+        replay: Callable[[], None] = self._advance
+        for form in (*self._forms, AS_IT_IS):
+            step = self._in(form)
             try:
                 if recorder is not None:
-                    replay = recorder(form, lambda: _restore(clock, before), self._tokens.device)
-                    self.captured = True
-                elif form == self._compiled:
-                    form()
-                    replay = form
-                self.compiled = form == self._compiled
+                    replay, self.captured = recorder(step, lambda: _restore(clock, before), self._tokens.device), True
+                elif form.uncaptured:
+                    step()
+                    replay = step
+                else:
+                    continue
+                self.form = form.name
                 break
             except Exception as error:
-                kind = "compiled" if form == self._compiled else "captured in a graph"
                 self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                _LOG.warning("this step cannot be %s and runs without that: %s", kind, self.reason)
+                _LOG.warning("this step cannot be captured %s: %s", form.name, self.reason)
             finally:
                 _restore(clock, before)
         self.capture_seconds = time.perf_counter() - started
         return replay
 
-    def _compiled(self) -> None:
-        assert self._blocks is not None
-        with self._blocks.compiled():
-            self._advance()
+    def _in(self, form: Form) -> Callable[[], None]:
+        def step() -> None:
+            with form.around():
+                self._advance()
+
+        return step
 
 
 Recorder = Callable[[Callable[[], None], Callable[[], None], torch.device], Callable[[], None]]

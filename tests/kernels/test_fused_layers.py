@@ -1,0 +1,43 @@
+"""Small layers in one launch: the kernels against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.tools import DTYPES, launching
+from vlmfix.kernels.rms_norm import reference as norms
+from vlmfix.kernels.rms_norm import rms_norm
+from vlmfix.kernels.silu_mul import reference as products
+from vlmfix.kernels.silu_mul import silu_mul
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [16, 80, 3584])
+def test_norm(place, dtype, size):
+    x = place.randn(2, 1, size, dtype=dtype) * 3
+    weight = 1 + place.randn(size, dtype=dtype) / 4
+    with launching("rms_norm"):
+        got = rms_norm(x, weight, 1e-5)
+    wide = x.double()
+    exact = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+    exact = exact.to(dtype).double() * weight.double()
+    close = (got.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * exact.abs() + 1e-30
+    assert bool(close.all())
+    torch.testing.assert_close(got, norms.rms_norm(x, weight, 1e-5), rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_product(place, dtype):
+    gate, up = place.randn(3, 1, 1100, dtype=dtype) * 4, place.randn(3, 1, 1100, dtype=dtype)
+    with launching("silu_mul"):
+        got = silu_mul(gate, up)
+    rtol = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
+    torch.testing.assert_close(got, products.silu_mul(gate, up), rtol=rtol, atol=1e-7)
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="weight"):
+        rms_norm(torch.zeros(2, 8), torch.zeros(4), 1e-6)
+    with pytest.raises(ValueError, match="gate"):
+        silu_mul(torch.zeros(2, 8), torch.zeros(2, 4))

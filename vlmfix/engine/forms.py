@@ -1,0 +1,40 @@
+"""Forms in which the decoder runs within a step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vlmfix.engine.compiling import Blocks
+from vlmfix.hf.fusing import Fused
+from vlmfix.hf.parts import Parts
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form.
+
+    Args:
+        name: in reports.
+        around: the block in which the decoder has it.
+        uncaptured: whether it serves where steps are not captured.
+    """
+
+    name: str
+    around: Callable[[], contextlib.AbstractContextManager[None]]
+    uncaptured: bool = True
+
+
+AS_IT_IS = Form("as it is", contextlib.nullcontext)
+
+
+def forms(parts: Parts, compile: bool) -> tuple[Form, ...]:
+    """Forms of a model, the preferred one first.
+
+    Args:
+        parts: the model.
+        compile: whether its blocks may be compiled.
+    """
+    fused = Form("fused", Fused(parts).applied, uncaptured=False)
+    return (Form("compiled", Blocks(parts).compiled), fused) if compile else (fused,)
