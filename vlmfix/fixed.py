@@ -73,6 +73,11 @@ class FixedVLM:
             finalizer()
         self._engine.close()
 
+    @property
+    def engine(self) -> dict[str, Any]:
+        """The keywords `engine` and `compile` it was made with."""
+        return {"engine": self._engine.kind, "compile": self._engine.compile}
+
     def __enter__(self) -> FixedVLM:
         return self
 

@@ -17,6 +17,7 @@ class FakeVLM:
 
     model = processor = None
     calls: ClassVar[list[dict]] = []
+    engine: ClassVar[dict] = {"engine": "auto", "compile": False}
 
     def __init__(self, recipe="greedy"):
         self.recipe = Recipe.of(recipe)
@@ -60,7 +61,8 @@ def load(model="pico", recipe="greedy", **options):
     return FakeVLM(recipe)
 
 
-def wrap(model, processor, recipe):
+def wrap(model, processor, recipe, **how):
+    assert how == FakeVLM.engine
     return FakeVLM(recipe)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vlmfix.commands.acting import Acting
 from vlmfix.errors import Refusal
 
 from .fake import FakeVLM
@@ -289,3 +290,20 @@ def test_full_disk(photos, tmp_path):
     assert 0 < kept < 5
     assert start(photos, "-p", "Describe.", "--out", out).wait(60) == 0
     assert len(records(out)) == 5
+
+
+def test_the_summary_says_how_it_was_decoded():
+    acting = Acting()
+    acting.add([{"text": "a", "report": {"engine": {"name": "graph"}}}] * 2)
+    acting.add([{"text": "b", "report": {"engine": {"name": "hf", "reason": "beam search"}}}])
+    acting.add([{"text": "c", "report": {"engine": {"name": "hf"}}}])
+    assert acting.lines() == ["engine graph for 2 of 4 answers", "engine hf for 1 of 4 answers: beam search"]
+
+
+def test_a_recipe_is_answered_by_the_engine_that_was_chosen(vlmfix_says):
+    result = vlmfix_says(
+        "run", ROOT / "examples/scenes/images/000001.png", "-p", "Describe the image.", "--device", "cpu", "--engine", "graph", "--max-new-tokens", 5,
+        "--method", "pai", "--json",
+    )  # fmt: skip
+    assert json.loads(result.stdout)["report"]["engine"]["name"] == "graph"
+    assert "engine graph for 1 of 1 answers" in result.stderr

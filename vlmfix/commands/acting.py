@@ -16,6 +16,7 @@ class Acting:
         self._layers: dict[str, set[int]] = {}
         self._idle: Counter[tuple[str, str]] = Counter()
         self._overridden: set[str] = set()
+        self._engines: Counter[tuple[str, str]] = Counter()
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Takes in the reports of the records that are answers."""
@@ -25,6 +26,8 @@ class Acting:
             if isinstance(report.get("visual_tokens"), int):
                 self._tokens.append(report["visual_tokens"])
             self._overridden.update(report.get("overridden_generation_config", {}))
+            if engine := report.get("engine"):
+                self._engines[engine["name"], engine.get("reason", "")] += 1
             for name, did in report.get("methods", {}).items():
                 self._layers.setdefault(name, set()).update(did.get("layers", ()))
                 if "inactive" in did:
@@ -40,6 +43,11 @@ class Acting:
         told += [
             f"{name} did nothing for {count} of {self._answers} answers: {why}"
             for (name, why), count in self._idle.items()
+        ]
+        told += [
+            f"engine {name} for {count} of {self._answers} answers" + (f": {why}" if why else "")
+            for (name, why), count in self._engines.items()
+            if name == "graph" or why
         ]
         if self._overridden:
             told.append(f"settings of the checkpoint overridden: {', '.join(sorted(self._overridden))}")

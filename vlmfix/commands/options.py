@@ -150,7 +150,7 @@ def with_recipe(vlm: FixedVLM, recipe: Recipe) -> FixedVLM:
     """
     from vlmfix.api import wrap
 
-    return wrap(vlm.model, vlm.processor, recipe)
+    return wrap(vlm.model, vlm.processor, recipe, **vlm.engine)
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:
