@@ -302,7 +302,8 @@ def test_the_summary_says_how_it_was_decoded():
 
 def test_a_recipe_is_answered_by_the_engine_that_was_chosen(vlmfix_says):
     result = vlmfix_says(
-        "run", ROOT / "examples/scenes/images/000001.png", "-p", "Describe the image.", "--device", "cpu", "--engine", "graph", "--max-new-tokens", 5,
+        "run", ROOT / "examples/scenes/images/000001.png", "-p", "Describe the image.", "--device", "cpu",
+        "--engine", "graph", "--max-new-tokens", 5,
         "--method", "pai", "--json",
     )  # fmt: skip
     assert json.loads(result.stdout)["report"]["engine"]["name"] == "graph"
