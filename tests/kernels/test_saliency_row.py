@@ -62,6 +62,20 @@ def test_kernel(place, dtype, heads, n_kv, size, count):
         within_budget(one, two, three, torch.float32)
 
 
+def test_far_from_the_log_sum_exp(place):
+    """z - lse is not rounded to float32 on the way: at 60 that alone would cost 16 roundings of the result."""
+    heads, size = 32, 16
+    q, k, d_out = place.randn(1, heads, 1, size), place.randn(1, heads, 1, size), place.randn(1, 1, heads, 1) + 3
+    lse = 60 * place.rand(1, heads)
+    own = place.tensor([0])
+    v = place.randn(1, heads, 1, 1)
+    with launching("saliency_row"):
+        actual = saliency_row(q, k, v, lse, d_out, size**-0.5, own).dv_self[0, 0, :, 0].double()
+    z = (q.double() * k.double()).sum(-1)[0, :, 0] * size**-0.5
+    exact = (z - lse[0].double()).exp() * d_out[0, 0, :, 0].double()
+    assert ((actual - exact) / exact).abs().max() <= 4 * torch.finfo(torch.float32).eps
+
+
 def test_wrong_shapes_are_named():
     q, k = torch.zeros(1, 2, 2, 8), torch.zeros(1, 2, 5, 8)
     with pytest.raises(ValueError, match="one query row"):

@@ -2,8 +2,10 @@
 
 One more candidate, whose dP is 1, yields sum_j A_j k_j, so that
 dq = scale * (sum_j A_j dP_j k_j - (sum_j A_j dP_j) sum_j A_j k_j) needs no second pass. All sums are float32 sums of
-ordinary multiply-adds: tensor cores truncate what they add up, which the error budget does not allow here. A second
-kernel adds up heads and splits and finishes all gradients.
+ordinary multiply-adds: tensor cores truncate what they add up, which the error budget does not allow here. Keys and
+values are loaded as [1, N, D], so that all products have the layout of these loads (a warp per key, each thread with
+neighbouring elements): the compiler's own choice for [C, N, D] sums across four warps. A second kernel adds up heads
+and splits and finishes all gradients.
 """
 
 from __future__ import annotations
@@ -19,14 +21,19 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def exponential(x):
-    """exp(x) of x <= 88 to about one rounding, where the hardware's exp2 of x log2(e) is off by several.
+def probability(z, lse):
+    """exp(z - lse) of z - lse <= 88 to about one rounding.
 
-    2^n exp(f) with the polynomial of Cephes' expf for f in [-log(2) / 2, log(2) / 2].
+    Rounding the difference alone costs up to |z - lse| roundings of the result, and the same z summed in another order
+    may land on the next float32; so what that rounding took away is kept (Knuth's two-sum). Then 2^n exp(f) with the
+    polynomial of Cephes' expf for f in [-log(2) / 2, log(2) / 2]: the hardware's exp2 is off by several roundings.
     """
+    x = z - lse
+    y = x - z
+    lost = (z - (x - y)) - (lse + y)
     n = tl.floor(tl.maximum(x, -87.0) * LOG2E + 0.5)
     f = tl.maximum(x, -87.0) - n * 0.693359375
-    f = f + n * 2.12194440e-4
+    f = f + (n * 2.12194440e-4 + lost)
     y = 1.9875691500e-4 * f + 1.3981999507e-3
     y = y * f + 8.3334519073e-3
     y = y * f + 4.1665795894e-2
@@ -68,27 +75,31 @@ def _saliency(
     end = tl.minimum(begin + each, last)
     acc = tl.zeros([CB, N, BD], tl.float32)
     total = tl.zeros([CB, N], tl.float32)
-    at_k = K + b * k_b + kv * k_h + d[None, :]
-    at_v = V + b * v_b + kv * v_h + dv[None, :]
+    at_k = K + b * k_b + kv * k_h + d[None, None, :]
+    at_v = V + b * v_b + kv * v_h + dv[None, None, :]
     j = begin + tl.arange(0, N)
-    next_k = tl.load(at_k + j[:, None].to(tl.int64) * k_n, mask=(j < end)[:, None] & (d < D)[None, :], other=0.0)
-    next_v = tl.load(at_v + j[:, None].to(tl.int64) * v_n, mask=(j < end)[:, None] & (dv < DV)[None, :], other=0.0)
+    next_k = tl.load(
+        at_k + j[None, :, None].to(tl.int64) * k_n, mask=(j < end)[None, :, None] & (d < D)[None, None, :], other=0.0
+    )
+    next_v = tl.load(
+        at_v + j[None, :, None].to(tl.int64) * v_n, mask=(j < end)[None, :, None] & (dv < DV)[None, None, :], other=0.0
+    )
     for at in range(begin, end, N):
         j = at + tl.arange(0, N)
         here = j < end
         k = next_k.to(tl.float32)
         v = next_v.to(tl.float32)
-        more = (j + N < end)[:, None]
-        line = (j + N)[:, None].to(tl.int64)
-        next_k = tl.load(at_k + line * k_n, mask=more & (d < D)[None, :], other=0.0)
-        next_v = tl.load(at_v + line * v_n, mask=more & (dv < DV)[None, :], other=0.0)
-        z = tl.sum(k * q[None, :], 1) * scale
+        more = (j + N < end)[None, :, None]
+        line = (j + N)[None, :, None].to(tl.int64)
+        next_k = tl.load(at_k + line * k_n, mask=more & (d < D)[None, None, :], other=0.0)
+        next_v = tl.load(at_v + line * v_n, mask=more & (dv < DV)[None, None, :], other=0.0)
+        z = tl.sum(k * q[None, None, :], 2) * scale
         if BIAS:
-            z += tl.load(Bias + b * bias_b + h * bias_h + j, mask=here, other=0.0).to(tl.float32)
-        a = tl.where(here, exponential(z - safe), 0.0) * sees
-        dp = tl.sum(v[None, :, :] * d_out[:, None, :], 2)
-        part = a[None, :] * tl.where((c == C)[:, None], 1.0, dp)
-        acc += part[:, :, None] * k[None, :, :]
+            z += tl.load(Bias + b * bias_b + h * bias_h + j[None, :], mask=here[None, :], other=0.0).to(tl.float32)
+        a = tl.where(here[None, :], probability(z, safe), 0.0) * sees
+        dp = tl.sum(v * d_out[:, None, :], 2)
+        part = a * tl.where((c == C)[:, None], 1.0, dp)
+        acc += part[:, :, None] * k
         total += part
         to = Part + (bh * C + c[:, None]) * n_k + j[None, :]
         tl.store(to, tl.abs(part), mask=(c < C)[:, None] & here[None, :])
@@ -141,7 +152,7 @@ def _finish(
         z = tl.sum(q * k[None, :], 1) * scale
         if BIAS:
             z += tl.load(Bias + b * bias_b + h * bias_h + own, mask=s_ok, other=0.0).to(tl.float32)
-        a = tl.where(lse == float("-inf"), 0.0, exponential(z - tl.where(lse == float("-inf"), 0.0, lse)))
+        a = tl.where(lse == float("-inf"), 0.0, probability(z, tl.where(lse == float("-inf"), 0.0, lse)))
         ds = a * (tl.sum(d_out * v[None, :], 1) - delta) * scale
         to = (b * C + c) * n_kv + kv
         tl.store(Dk + to * D + d, tl.sum(ds[:, None] * q, 0), mask=d < D)
