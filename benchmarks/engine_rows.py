@@ -141,7 +141,9 @@ class Bench:
         if wanted == "graph" and used.get("name") != "graph":
             return {"note": f"ran in engine {used.get('name', 'hf')}: {used.get('reason', 'no reason given')}"}
         if wanted == "graph":
-            found["capture_seconds"] = used.get("capture_seconds")
+            found |= {"capture_seconds": used.get("capture_seconds"), "form": used.get("form")}
+            if "compile" in case.engine and used.get("form") != "compiled":
+                found["note"] = f"blocks were not compiled: {used.get('reason', self.device)}"
             if not used.get("captured"):
                 found["note"] = f"steps were not captured: {used.get('reason', self.device)}"
         if case.name.startswith("opera"):

@@ -4,12 +4,14 @@
     python scripts/generate_docs.py --check    # exit code 1 if a file is not what would be written
     python scripts/generate_docs.py --capture  # first run the commands that README.md shows, and keep their output
 
-In docs/templates/README.md, {{methods}}, {{families}} and {{output NAME}} stand for what is filled in.
+In docs/templates/README.md, {{methods}}, {{families}}, {{speed}}, {{gpu}} and {{output NAME}} stand for what is
+filled in.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -17,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from typer.testing import CliRunner
 
@@ -35,6 +38,13 @@ CAPTURED = {
     "demo": "vlmfix demo --show 2",
 }
 """Name of an output -> the command that makes it."""
+
+MEASURED = ROOT / "benchmarks" / "results" / "h200_engine_llava.json"
+SPEED = (
+    *("transformers sdpa", "transformers static cache, compiled", "two sequential forwards"),
+    *("graph greedy", "graph var", "graph vcd", "graph+compile greedy", "graph+compile var", "graph+compile vcd"),
+)
+"""Rows of what was measured that README.md shows, the one to compare with first."""
 
 
 def main() -> int:
@@ -70,6 +80,7 @@ def readme() -> str:
     text = (ROOT / "docs" / "templates" / "README.md").read_text("utf-8")
     tested = sum(family.status == "tested" for family in FAMILIES.values())
     text = text.replace("{{methods}}", method_table()).replace("{{families}}", str(tested))
+    text = text.replace("{{speed}}", speed_table()).replace("{{gpu}}", speed()["runs"][-1]["device"])
     return re.sub(r"\{\{output (\w+)\}\}", lambda match: shown(match[1]), text)
 
 
@@ -86,6 +97,19 @@ def method_table() -> str:
         source = f"[{row.title}](https://arxiv.org/abs/{row.paper})" if row.paper else row.title
         rows.append([f"`{row.name}`", row.kind, row.summary, row.cost, row.evidence, source])
     return markdown(["method", "kind", "what it does", "extra work per token", "evidence", "paper"], rows)
+
+
+def speed_table() -> str:
+    """Milliseconds per token of the usual prompt at batch 1, as measured."""
+    rows = {row["row"]: row for row in speed()["rows"] if (row["prompt"], row["batch"]) == (640, 1)}
+    base = rows[SPEED[0]]["ms_per_token"]
+    cells = ((name, f"{rows[name]['ms_per_token']:.1f}", f"{rows[name]['ms_per_token'] / base:.2f}") for name in SPEED)
+    return markdown(["", "ms per token", f"x {SPEED[0]}"], cells)
+
+
+def speed() -> dict[str, Any]:
+    """What was measured."""
+    return dict(json.loads(MEASURED.read_text("utf-8")))
 
 
 def family_page() -> str:
