@@ -82,19 +82,19 @@ def _shapes(
     batch, heads, queries, size = q.shape
     processors = multiprocessors(q.device.index)
     kinds = 1 if direct else n_groups * (2 if weighted else 1)
-    config = _config(batch * heads, queries, max(size, v.shape[3]), q.element_size(), processors)
+    config = _config(batch * heads, queries, k.shape[2], max(size, v.shape[3]), q.element_size(), processors)
     items = batch * heads * ceil_div(queries, config["M"])
     splits = _splits(items, ceil_div(k.shape[2], config["N"]), processors)
     return kinds, splits, splits == 1 and (direct or (rule != "" and not weighted)), config
 
 
 def _splits(items: int, tiles: int, processors: int) -> int:
-    """Splits of the keys: none if the blocks of rows fill the machine."""
-    return 1 if items >= processors else max(1, min(2 * processors // items, tiles // 2))
+    """Splits of the keys: none if the blocks of rows fill the machine, else about seven steps or more in each."""
+    return 1 if items >= processors else min(max(2, processors // items), ceil_div(tiles, 7))
 
 
 @cache
-def _config(heads: int, queries: int, size: int, bytes_each: int, processors: int) -> dict[str, int]:
+def _config(heads: int, queries: int, keys: int, size: int, bytes_each: int, processors: int) -> dict[str, int]:
     """Launch configuration; `heads` counts those of all rows of the batch."""
     wide = size * bytes_each
     exact = bytes_each == 4  # float32 tiles of 128 rows and three stages exceed the shared memory of sm_90
@@ -105,9 +105,9 @@ def _config(heads: int, queries: int, size: int, bytes_each: int, processors: in
     rows = power_of_two(min(queries, most), 16)
     return {
         "M": rows,
-        "N": 16 if INTERPRETED else max(16, min(32 if few else 64, 16384 // power_of_two(wide))),
+        "N": 16 if INTERPRETED else max(16, min(32 if few and keys < 2048 else 64, 16384 // power_of_two(wide))),
         "num_warps": 8 if rows >= 128 else 4,
-        "num_stages": 2 if wide > 256 or exact else 4 if few else 3,
+        "num_stages": 2 if wide > 256 or exact else 3,
     }
 
 
