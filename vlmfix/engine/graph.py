@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfix import registry
 from vlmfix.attention.compiled import Compiled
 from vlmfix.attention.request import Request
+from vlmfix.engine.fitting import addresses, numbers, why_not
 from vlmfix.engine.forms import Form, forms
 from vlmfix.engine.sessions import Session
 from vlmfix.errors import UsageError
 from vlmfix.hf import hooks, slots, stepping
-from vlmfix.hf.families import FAMILIES
 from vlmfix.hf.parts import Parts
-from vlmfix.hf.searching import FULL, SLIDING, layer_kinds
 from vlmfix.hf.settings import effective
 from vlmfix.hf.stepping import Choice, Prefilled, Task
 
@@ -58,11 +56,17 @@ class Engine:
         if compile and kind == "hf":
             raise UsageError("compile=True: only captured steps are compiled; choose engine='graph' or 'auto'")
         self.kind, self.compile = kind, compile
-        self._forms: tuple[Form, ...] | None = None
+        self._forms: tuple[Form, ...] = ()
+        self._weights: Hashable = None
         self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
         self._unfit = ""
         self._lock = threading.Lock()
+        self._running: int | None = None
         self.report: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins without captured steps, which hold addresses."""
+        return Engine, (self.kind, self.compile)
 
     def close(self) -> None:
         """Frees captured steps and their caches."""
@@ -99,6 +103,8 @@ class Engine:
             self.report = {"name": "hf"}
             return run(generate)
         reason = self._unfit or why_not(parts, compiled, kwargs, watched, self.kind == "auto")
+        if self._running == threading.get_ident():
+            reason = "it is called from within another generation"
         new = effective("max_new_tokens", kwargs, parts.model.generation_config)
         if not reason and not self.worthwhile(parts, new):
             self.report = {"name": "hf", "reason": f"{new} new tokens are not worth capturing a step"}
@@ -119,14 +125,19 @@ class Engine:
         if self._unfit:
             raise Unfit(self._unfit)
         with self._lock:  # a session holds one generation at a time
-            return self._decode(parts, request, task, prefilled)
+            self._running = threading.get_ident()
+            try:
+                return self._decode(parts, request, task, prefilled)
+            finally:
+                self._running = None
 
     def _decode(self, parts: Parts, request: Request, task: Task, prefilled: Prefilled) -> Any:
         choice = Choice(task)
-        token, processed = choice.first(prefilled.logits)
+        token, processed = choice.first(task, prefilled.logits)
         valid, positions = request.standing(prefilled.valid)
         capacity = -(-(valid.shape[1] + task.room) // BUCKET) * BUCKET
-        session = self._session(parts, request, task, prefilled, positions.shape, capacity)
+        session, reused = self._session(parts, request, task, prefilled, positions.shape, capacity)
+        seconds = session.capture_seconds
         session.start(request, task, prefilled, token)
         output = Output(task, session)
         output.note(prefilled.logits, processed)
@@ -140,32 +151,38 @@ class Engine:
                 session.take(drawn)
                 output.note(session.scores, processed)
             steps += 1
-        self.report |= {"steps": steps, "captured": session.captured, "form": session.form}
-        self.report["capture_seconds"] = 0.0 if self.report["reused"] else session.capture_seconds
-        if session.reason:
-            self.report["reason"] = session.reason
+        request.steps = steps + 1  # a replay does not count
+        self.report = {
+            "name": "graph",
+            "reused": reused,
+            "steps": steps,
+            "captured": session.captured,
+            "form": session.form,
+            "capture_seconds": session.capture_seconds - seconds,
+            **({"reason": session.reason} if session.reason else {}),
+        }
         return output.result()
 
     def _session(
         self, parts: Parts, request: Request, task: Task, prefilled: Prefilled, shape: torch.Size, capacity: int
-    ) -> Session:
-        """A session that fits, captured before or new."""
+    ) -> tuple[Session, bool]:
+        """A session that fits, and whether it was made before."""
         choice = Choice(task)
         ends = None if task.ends is None else tuple(task.ends.tolist())
-        key = (len(prefilled.valid), shape, request.copies, capacity, ends, task.fill, choice.key)
-        session = self._sessions.get(key)
-        self.report = {"name": "graph", "reused": session is not None}
-        if session is not None and session.fits(request):
-            self._sessions.move_to_end(key)
-            return session
-        self.report["reused"] = False
-        self._sessions.pop(key, None)
-        while len(self._sessions) >= KEPT:
-            self._sessions.popitem(last=False)
-        if self._forms is None:
-            self._forms = forms(parts, self.compile)
-        self._sessions[key] = Session(parts, request, task, prefilled, capacity, self._forms)
-        return self._sessions[key]
+        shapes = (len(prefilled.valid), shape, request.copies, capacity)
+        weights = addresses(parts)
+        key = (*shapes, ends, task.fill, choice.key, id(request.parts), weights, numbers(prefilled))
+        session = self._sessions.pop(key, None)
+        reused = session is not None and session.fits(request)
+        if session is None or not reused:
+            session = None  # it holds a cache
+            while len(self._sessions) >= KEPT:
+                self._sessions.popitem(last=False)
+            if self._weights != weights:
+                self._forms, self._weights = forms(parts, self.compile), weights
+            session = Session(parts, request, task, prefilled, capacity, self._forms)
+        self._sessions[key] = session
+        return session, reused
 
 
 class Output:
@@ -221,59 +238,3 @@ class Output:
         new = self._session.written()
         scores, logits = (x[: new.shape[1]] for x in (self._scores, self._logits))
         return self._task.result(torch.cat([self._task.ids, new], 1), scores, logits)
-
-
-def why_not(parts: Parts, compiled: Compiled, kwargs: dict[str, Any], watched: bool, automatic: bool) -> str:
-    """Why a call cannot replay a captured step; empty where it can.
-
-    Args:
-        parts: the model.
-        compiled: the recipe.
-        kwargs: the caller's keywords of generate.
-        watched: whether observers read along.
-        automatic: whether the caller left the choice open, so that the result must hold the cache too.
-    """
-    config = parts.model.generation_config
-
-    def asked(name: str) -> Any:
-        return effective(name, kwargs, config)
-
-    family = FAMILIES.get(parts.family)
-    if family is not None and family.replay:
-        return f"{parts.family}: {family.replay}"
-    others = sorted(set(layer_kinds(parts.text_config)) - {FULL, SLIDING})
-    if others:
-        return f"{parts.family} has layers of kind {', '.join(others)}"
-    decoding = compiled.decoding
-    if decoding is not None and decoding.search() is not None:
-        return f"{registry.name_of(decoding)} searches over beams"
-    if compiled.saliency_layers:
-        return f"{registry.name_of(decoding)} takes gradients of every step"
-    if compiled.reads is not None:
-        return f"{registry.name_of(decoding)} has another language model read along"
-    methods = [*compiled.attention, *(() if compiled.decoding is None else (compiled.decoding,))]
-    for method in methods:
-        if not method.replays:
-            return f"{registry.name_of(method)} does not say that its steps can be replayed (`replayable = True`)"
-    for method in compiled.attention:
-        if method.follows_rows:
-            return f"{registry.name_of(method)} takes notes on every token"
-    if watched:
-        return "attention is being recorded"
-    if (asked("num_beams") or 1) > 1:
-        return "beam search"
-    if asked("use_cache") is False:
-        return "use_cache=False"
-    for name in ("cache_implementation", "prefill_chunk_size", "output_attentions", "output_hidden_states"):
-        if asked(name):
-            return f"{name}={asked(name)!r}"
-    if kwargs.get("synced_gpus"):
-        return "synced_gpus=True"
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and (mask.dim() != 2 or bool((mask.bool() != (mask.cumsum(1) > 0)).any())):
-        return "the prompt has padding behind its first token, or a mask of more than two dimensions"
-    if automatic and asked("return_dict_in_generate"):
-        return "return_dict_in_generate=True hands out the cache, which a captured step keeps"
-    if getattr(parts.model, "hf_device_map", None) and len(set(parts.model.hf_device_map.values())) > 1:
-        return "the model is spread over several devices"
-    return ""

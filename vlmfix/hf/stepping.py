@@ -110,34 +110,36 @@ class Choice:
     """How a token is chosen from scores.
 
     Args:
-        task: the call.
+        task: the call; nothing of its inputs is kept.
     """
 
     def __init__(self, task: Task) -> None:
-        self._task = task
+        config = task.config
+        self._sampled, self._device = bool(config.do_sample), task.ids.device
         self._later = [p for p in task.processors if not isinstance(p, FirstToken)]
         draws = [p for p in self._later if isinstance(p, SeededDraw)]
         self._draw = draws[0] if draws else None
         own = [p for p in self._later if p is not self._draw]
         self._warpers = [*own, *(() if self._draw is None else self._draw.warpers)]
         keeping = self._draw is not None and self._draw.scores is not None
+        keeping = keeping or bool(self._warpers and config.return_dict_in_generate and config.output_scores)
         self.pure = all(isinstance(p, WARPERS) for p in self._warpers) and not keeping
 
     @property
     def key(self) -> Hashable:
         """Equal for choices that are the same function of the scores."""
         numbers = [(type(p).__name__, *sorted(vars(p).items())) for p in self._warpers] if self.pure else ()
-        return self.pure, tuple(numbers), self._draw is not None, bool(self._task.config.do_sample)
+        return self.pure, tuple(numbers), self._draw is not None, self._sampled
 
     def uniforms(self, count: int) -> Tensor | None:
         """[B, count] what a seeded draw compares with, from the first token on."""
         if self._draw is None or not self.pure:
             return None
-        return torch.from_numpy(uniforms(self._draw.keys, 0, count)).to(self._task.ids.device)
+        return torch.from_numpy(uniforms(self._draw.keys, 0, count)).to(self._device)
 
-    def first(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The first token [B] and the processed scores [B, V]."""
-        return self._picked(self._task.processors(self._task.ids, scores))
+    def first(self, task: Task, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The call's first token [B] and the processed scores [B, V]."""
+        return self._picked(task.processors(task.ids, scores))
 
     def later(self, ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """A later token from everything before it, ids [B, n]."""
@@ -157,7 +159,7 @@ class Choice:
         return self._picked(scores)[0] if u is None else inverse_cdf(scores, u)
 
     def _picked(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        if self._task.config.do_sample:
+        if self._sampled:
             return torch.multinomial(scores.softmax(-1), 1)[:, 0], scores
         return scores.argmax(-1), scores
 

@@ -1,0 +1,229 @@
+"""What surrounds a replayed step: modes of torch, callers' objects, errors in the middle, models that change."""
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import vlmfix
+from vlmfix.engine import sessions
+
+from ..duties import lab
+from ..duties.table import TABLE
+from ..families import build
+from . import tape
+
+NEW = 6
+BOTH = "pai+vcd(alpha=0.5,beta=0)"
+
+
+@pytest.fixture(autouse=True, params=["captured", "as it is"])
+def recorded(request, monkeypatch):
+    if request.param == "captured":
+        monkeypatch.setitem(sessions.RECORDERS, "cpu", tape.record)
+
+
+def wrapped(recipe, engine="graph"):
+    return vlmfix.wrap(lab.under("llava").model, None, recipe, engine=engine)
+
+
+def inputs(*rows):
+    return lab.under("llava").inputs(rows)
+
+
+def generated(recipe, given, engine="graph", **options):
+    with wrapped(recipe, engine) as vlm:
+        out = vlm.generate(**given, max_new_tokens=NEW, **options)
+        assert vlm.report["engine"]["name"] == engine, vlm.report["engine"]
+    return out
+
+
+def assert_close(got, want):
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+        assert lab.difference(one, other) < 5e-5
+
+
+def test_processed_scores_are_those_of_the_loop():
+    options = {"do_sample": True, "temperature": 0.5, "top_k": 5, "output_scores": True, "output_logits": True}
+    outs = []
+    for engine in ("hf", "graph"):
+        torch.manual_seed(0)
+        out = generated("greedy", inputs(1, 2), engine, return_dict_in_generate=True, **options)
+        outs.append([out.scores[0], *out.logits[:1]])
+        assert all(int(scores.isfinite().sum(1).max()) == 5 for scores in out.scores)
+    assert_close(outs[1], outs[0])
+
+
+def test_the_callers_cache_is_left_to_the_loop():
+    with wrapped("greedy") as vlm:
+        cache = DynamicCache(config=lab.under("llava").model.config.text_config)
+        out = vlm.generate(**inputs(1), past_key_values=cache, max_new_tokens=NEW)
+        assert "past_key_values" in vlm.report["engine"]["reason"]
+    assert cache.get_seq_length() == out.shape[1] - 1
+
+
+def test_inference_mode_and_without():
+    given = inputs(1, 2)
+    with wrapped(BOTH) as vlm:
+        with torch.inference_mode():
+            one = vlm.generate(**given, max_new_tokens=NEW)
+        two = vlm.generate(**given, max_new_tokens=NEW)
+        with torch.inference_mode():
+            three = vlm.generate(**given, max_new_tokens=NEW)
+        assert vlm.report["engine"]["reused"]
+    assert torch.equal(one, two)
+    assert torch.equal(one, three)
+
+
+def test_autocast_runs_in_the_loop():
+    with wrapped("pai") as vlm, torch.autocast("cpu", torch.bfloat16):
+        vlm.generate(**inputs(1), max_new_tokens=NEW)
+        assert "autocast" in vlm.report["engine"]["reason"]
+
+
+def test_another_generation_within_one():
+    with wrapped("pai") as vlm:
+        alone = vlm.generate(**inputs(1), max_new_tokens=NEW)
+        found = []
+
+        class Asking(LogitsProcessor):
+            def __call__(self, ids, scores):
+                if ids.shape[1] == inputs(1)["input_ids"].shape[1] + 2:
+                    found.append(vlm.generate(**inputs(1), max_new_tokens=NEW))
+                    assert "within another" in vlm.report["engine"]["reason"]
+                return scores
+
+        def work():
+            found.append(vlm.generate(**inputs(1), max_new_tokens=NEW, logits_processor=[Asking()]))
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
+    assert len(found) == 2
+    assert all(torch.equal(out, alone) for out in found)
+
+
+class Failing(BaseStreamer):
+    left = 4
+
+    def put(self, value):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+    def end(self):
+        pass
+
+
+def test_a_generation_that_breaks_off_leaves_nothing_behind():
+    with wrapped(BOTH) as vlm:
+        want = vlm.generate(**inputs(1), max_new_tokens=NEW)
+        with pytest.raises(KeyboardInterrupt):
+            vlm.generate(**inputs(2), max_new_tokens=NEW, streamer=Failing())
+        assert torch.equal(vlm.generate(**inputs(1), max_new_tokens=NEW), want)
+        assert vlm.report["engine"]["reused"]
+
+
+def test_a_first_generation_that_breaks_off():
+    with wrapped(BOTH) as vlm:
+        with pytest.raises(KeyboardInterrupt):
+            vlm.generate(**inputs(1), max_new_tokens=NEW, streamer=Failing())
+        assert torch.equal(vlm.generate(**inputs(1), max_new_tokens=NEW), generated(BOTH, inputs(1), "hf"))
+
+
+def test_steps_are_counted_by_the_report():
+    with wrapped("vcd(alpha=0.5,beta=0)") as vlm:
+        for _ in range(2):
+            vlm.generate(**inputs(1, 2), max_new_tokens=NEW)
+            assert vlm.report["methods"]["vcd"]["steps"] == NEW
+
+
+class Listening(BaseStreamer):
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("recipe", ["greedy", BOTH, "gift"])
+def test_a_session_keeps_nothing_of_a_call(recipe):
+    given = {name: tensor.clone() for name, tensor in inputs(1, 2).items()}
+    streamer = Listening()
+    found = {"pixel_values": weakref.ref(given["pixel_values"]), "streamer": weakref.ref(streamer)}
+    with wrapped(recipe) as vlm:
+        vlm.generate(**given, max_new_tokens=NEW, streamer=streamer)
+        del given, streamer
+        gc.collect()
+        assert not [name for name, kept in found.items() if kept() is not None]
+
+
+def test_a_model_whose_weights_moved():
+    tiny = build("llava", fresh=True)
+    outs = []
+    with vlmfix.wrap(tiny.model, None, "pai", engine="graph") as vlm:
+        vlm.generate(**tiny.inputs((1, 2)), max_new_tokens=NEW)
+        with torch.no_grad():
+            for weight in tiny.model.parameters():
+                weight.data = weight.data * 1.1
+        other = dict(tiny.inputs((1, 2)))
+        other["pixel_values"] = other["pixel_values"] + 0.1  # the encoding of equal pictures is remembered
+        outs.append(lab.trace(vlm.generate, other, max_new_tokens=NEW))
+        assert not vlm.report["engine"]["reused"]
+    with vlmfix.wrap(tiny.model, None, "pai", engine="hf") as loop:
+        lab.assert_same(outs[0], lab.trace(loop.generate, other, max_new_tokens=NEW), 5e-5)
+
+
+def test_a_plain_model_that_becomes_wanted_later(monkeypatch):
+    vlm = vlmfix.wrap(build("llava", fresh=True).model, None, "greedy")
+    monkeypatch.setattr(vlm._engine, "kind", "graph")  # as when the model moves to a GPU
+    want = generated("greedy", inputs(1, 2), "hf")
+    for _ in range(3):
+        assert torch.equal(vlm.generate(**inputs(1, 2), max_new_tokens=NEW), want)
+
+
+def test_a_copy_of_a_wrapped_model():
+    with wrapped("greedy", "hf") as vlm:
+        other = copy.deepcopy(vlm)
+        want = vlm.generate(**inputs(1), max_new_tokens=NEW)
+        assert torch.equal(other.generate(**inputs(1), max_new_tokens=NEW), want)
+
+
+def test_two_recipes_on_one_model():
+    pai, vcd = wrapped("pai"), wrapped("vcd(alpha=0.5,beta=0)")
+    for _ in range(2):
+        for vlm in (pai, vcd):
+            out = vlm.generate(**inputs(1, 2), max_new_tokens=NEW)
+            assert torch.equal(out, generated(vlm.recipe, inputs(1, 2), "hf"))
+    pai.close()
+    assert torch.equal(vcd.generate(**inputs(1, 2), max_new_tokens=NEW), generated(vcd.recipe, inputs(1, 2), "hf"))
+    vcd.close()
+
+
+@pytest.mark.parametrize("recipe", ["pai+vaf+vcd", "vhr", "gift", TABLE["avisc"].full, TABLE["iava"].full])
+def test_rows_with_and_without_pictures_and_return_sequences(recipe):
+    for rows in ((2, 1, 0), (0, 0)):
+        assert torch.equal(generated(recipe, inputs(*rows)), generated(recipe, inputs(*rows), "hf"))
+    options = {"do_sample": True, "seed": 1, "num_return_sequences": 2}
+    want = generated(recipe, inputs(1, 0), "hf", **options)
+    assert torch.equal(generated(recipe, inputs(1, 0), **options), want)
+
+
+@pytest.mark.parametrize("options", [{"max_time": 0.0}, {"min_new_tokens": 4, "eos_token_id": list(range(100))}])
+def test_limits(options):
+    assert torch.equal(generated("pai", inputs(1, 2), **options), generated("pai", inputs(1, 2), "hf", **options))
+
+
+class LongEnough(StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, ids, scores, **kwargs):
+        return torch.tensor([ids.shape[1] >= self.length + 2 * i for i in range(len(ids))])
