@@ -60,11 +60,16 @@ class FixedVLM:
         with hooks.installed(self.model) as parts:
             self.parts = parts
             self.compiled = compile_for(parts, self.recipe, processor)
-            if not self.compiled.plain or self._engine.wanted(parts):
-                hooks.acquire(self.model)
-                self._finalizer = weakref.finalize(self, hooks.release, self.model)
+            self._hold()
         self._batcher = Batcher(parts, processor)
         self._encoded = encoding.Memory()
+
+    def _hold(self) -> None:
+        """Stays on the model from the first call on that needs it; a plain model may move to a GPU later."""
+        with hooks.LOCK:
+            if not hasattr(self, "_finalizer") and (not self.compiled.plain or self._engine.wanted(self.parts)):
+                self.parts = hooks.acquire(self.model)
+                self._finalizer = weakref.finalize(self, hooks.release, self.model)
 
     def close(self) -> None:
         """Restores the model if this was its last user; also happens when the object is dropped."""
@@ -121,6 +126,7 @@ class FixedVLM:
 
     def _generate(self, seed: int | None, ids: Sequence[str] | None, kwargs: dict[str, Any]) -> Any:
         """As `generate`; pictures are redrawn already."""
+        self._hold()
         kwargs, overridden = settings.plain(self.model.generation_config, settings.spelled_out(kwargs))
         draw = None
         if seed is not None and kwargs.get("do_sample"):
@@ -135,8 +141,8 @@ class FixedVLM:
             result, request = self._engine.generate(
                 self.parts, self.compiled, generate, self._run(kwargs), kwargs, watched(self.model)
             )
-        if draw is not None and draw.scores is not None:
-            result.scores = tuple(draw.scores)
+        if draw is not None and draw.scores is not None and not isinstance(result, Tensor):
+            result.scores = tuple(draw.scores[: len(result.scores)])  # a loop may look late whether all have ended
         self.report = report_of(self.recipe, self.parts, self.compiled, request, overridden)
         self.report["engine"] = self._engine.report
         return result

@@ -54,10 +54,36 @@ def test_processed_scores_are_those_of_the_loop():
     outs = []
     for engine in ("hf", "graph"):
         torch.manual_seed(0)
-        out = generated("greedy", inputs(1, 2), engine, return_dict_in_generate=True, **options)
-        outs.append([out.scores[0], *out.logits[:1]])
-        assert all(int(scores.isfinite().sum(1).max()) == 5 for scores in out.scores)
-    assert_close(outs[1], outs[0])
+        outs.append(generated("greedy", inputs(1, 2), engine, return_dict_in_generate=True, **options))
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    assert_close(outs[1].scores, outs[0].scores)
+    assert_close(outs[1].logits, outs[0].logits)
+
+
+def test_draws_without_a_seed_follow_the_generator_of_torch():
+    outs = []
+    for engine in ("hf", "graph"):
+        with wrapped("greedy", engine) as vlm:
+            for _ in range(2):
+                torch.manual_seed(0)
+                outs.append(vlm.generate(**inputs(1, 2), max_new_tokens=NEW, do_sample=True))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_as_many_scores_as_tokens_where_all_end_early():
+    options = {"do_sample": True, "seed": 3}
+    end = int(generated("greedy", inputs(1), **options)[0, -NEW + 1])
+    for engine in ("hf", "graph"):
+        with wrapped("greedy", engine) as vlm:
+            out = vlm.generate(
+                **inputs(1),
+                **options,
+                max_new_tokens=20,
+                eos_token_id=end,
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+        assert len(out.scores) == 2
 
 
 def test_the_callers_cache_is_left_to_the_loop():
@@ -153,7 +179,7 @@ class Listening(BaseStreamer):
         pass
 
 
-@pytest.mark.parametrize("recipe", ["greedy", BOTH, "gift"])
+@pytest.mark.parametrize("recipe", ["greedy", BOTH, "gift", TABLE["avisc"].full])
 def test_a_session_keeps_nothing_of_a_call(recipe):
     given = {name: tensor.clone() for name, tensor in inputs(1, 2).items()}
     streamer = Listening()
@@ -185,8 +211,9 @@ def test_a_plain_model_that_becomes_wanted_later(monkeypatch):
     vlm = vlmfix.wrap(build("llava", fresh=True).model, None, "greedy")
     monkeypatch.setattr(vlm._engine, "kind", "graph")  # as when the model moves to a GPU
     want = generated("greedy", inputs(1, 2), "hf")
-    for _ in range(3):
+    for i in range(3):
         assert torch.equal(vlm.generate(**inputs(1, 2), max_new_tokens=NEW), want)
+        assert vlm.report["engine"]["reused"] == (i > 0)
 
 
 def test_a_copy_of_a_wrapped_model():
@@ -221,9 +248,29 @@ def test_limits(options):
     assert torch.equal(generated("pai", inputs(1, 2), **options), generated("pai", inputs(1, 2), "hf", **options))
 
 
+def test_numbers_that_overflowed_do_not_reach_the_next_answer():
+    with wrapped("pai") as vlm:
+        want = vlm.generate(**inputs(1), max_new_tokens=NEW)
+        for session in vlm._engine._sessions.values():
+            for layer in session.frame.cache.layers:
+                layer.keys.fill_(torch.nan)
+                layer.values.fill_(torch.nan)
+        assert torch.equal(vlm.generate(**inputs(1), max_new_tokens=NEW), want)
+        assert vlm.report["engine"]["reused"]
+
+
 class LongEnough(StoppingCriteria):
     def __init__(self, length):
         self.length = length
 
     def __call__(self, ids, scores, **kwargs):
         return torch.tensor([ids.shape[1] >= self.length + 2 * i for i in range(len(ids))])
+
+
+def test_without_end_tokens_a_stopped_row_goes_on_as_in_the_loop(monkeypatch):
+    for name in ("eos_token_id", "pad_token_id"):
+        monkeypatch.setattr(lab.under("llava").model.generation_config, name, None)
+    given = inputs(1, 2)
+    criteria = [LongEnough(given["input_ids"].shape[1] + 2)]
+    outs = [generated("greedy", given, engine, stopping_criteria=criteria) for engine in ("hf", "graph")]
+    assert torch.equal(*outs)

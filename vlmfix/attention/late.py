@@ -97,7 +97,7 @@ class LatePrompt:
             rest = {**self._rest, "past_key_values": request.cache()}
             second = request.parts.top(**{**rest, **self.branch.inputs})
         finally:
-            self.running = False
+            self.running, self._rest = False, {}
         merge(cache, rows, second.past_key_values)
         request.layers = Layers.stack(upper, request.layers)
         output["logits"] = torch.cat([output.logits[: self.joint.visible], second.logits])

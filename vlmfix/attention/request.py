@@ -246,7 +246,7 @@ class Request:
         self.layers.settle(capacity)
         if not self.compiled.stepwise_layers:
             frame.prepare(self.layers.plans, self.compiled.facts.heads)
-        self.inputs = {}
+        self.inputs, self._late = {}, None
         if self._branches is not None:
             self._branches.joint = replace(self._branches.joint, inputs={})
 

@@ -100,7 +100,7 @@ class Session:
     def take(self, drawn: Tensor) -> None:
         """Writes the next token [B] of every row that has not ended."""
         self._lived += (~self._done).any().long()
-        token = torch.where(self._done, self._fill, drawn)
+        token = drawn if self._ends is None else torch.where(self._done, self._fill, drawn)
         self._written.index_copy_(1, self._cursor, token[:, None])
         self._cursor += 1
         if self._ends is not None:
@@ -128,7 +128,9 @@ class Session:
     def step(self) -> None:
         """Feeds the last token; leaves `scores` and, where the choice is pure, writes the next one."""
         if self._replay is None:
-            self._replay = self._captured()
+            device = self._tokens.device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # draws are those of replays alone
+                self._replay = self._captured()
         self._replay()
 
     def _advance(self) -> None:

@@ -78,7 +78,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.window is None:
             self.keys[:, :, first:length] = keys
             self.values[:, :, first:length] = values
+            self.values[:, :, length:] = 0  # an earlier text's, which would show if they were infinite
             return
+        self.values.zero_()
         kept = min(keys.shape[2], self.window)
         at = torch.arange(length - kept, length, device=keys.device) % self.window
         self.keys.index_copy_(2, at, keys[:, :, keys.shape[2] - kept :])
