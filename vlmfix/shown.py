@@ -139,6 +139,7 @@ class Step:
             first token.
         early: logits [B, V] float32 of the residual stream entering a layer named by `taps`; the second argument says
             whether the model's final norm comes first.
+        table: (seed, count) -> `draws` [steps, count] of all steps, in steps that are captured.
     """
 
     number: int | Tensor
@@ -147,8 +148,16 @@ class Step:
     early: Callable[[int, bool], Tensor]
     notes: dict[str, Tensor] = field(default_factory=dict)
     saliency: Callable[[Tensor], Tensor] | None = None
+    table: Callable[[int, int], Tensor] | None = None
 
     def uniforms(self, seed: int, count: int, rows: int) -> Tensor:
         """[rows, count] uniforms of this step, the same for every row and batch."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + int(self.number))
-        return torch.rand(count, generator=generator).expand(rows, count)
+        if isinstance(self.number, int):
+            return draws(seed, self.number, count).expand(rows, count)
+        assert self.table is not None
+        return self.table(seed, count).index_select(0, self.number[None]).expand(rows, count)
+
+
+def draws(seed: int, number: int, count: int) -> Tensor:
+    """[count] uniforms of one step, on the CPU."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))

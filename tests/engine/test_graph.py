@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
 from vlmfix import registry
+from vlmfix.decoders import sgrs
 from vlmfix.engine import compiling, graph, sessions
 from vlmfix.errors import UsageError
 from vlmfix.hf.families import FAMILIES as TABLE_OF_FAMILIES
@@ -23,8 +24,14 @@ from ..families.checkpoints import make_tokenizer
 from . import tape
 
 REQUIRED = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "internvl", "idefics3")
-ELSEWHERE = {"sgrs", "opera", "vasparse_attention"}
+ELSEWHERE = {"opera", "vasparse_attention"}
 NEW = 6
+SALIENCY = (
+    "sgrs(alpha=1,window=2)",
+    "sgrs(alpha=1,window=0)",
+    "sgrs(alpha=0.9,draw='sample',seed=1,layers=(1,2))",
+    TABLE["var"].full + "+sgrs(alpha=1)",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +73,7 @@ def test_families_that_cannot_be_replayed_are_known():
 
 @pytest.mark.parametrize("captured", [True, False], ids=["captured", "as it is"])
 @pytest.mark.parametrize(
-    "recipe", ["greedy", TABLE["var"].full, "pai", TABLE["vcd"].full, "gift", "vhr", "sid(beta=0)"]
+    "recipe", ["greedy", TABLE["var"].full, "pai", TABLE["vcd"].full, "gift", "vhr", "sid(beta=0)", *SALIENCY]
 )
 def test_another_prompt_runs_on_the_same_step(recipe, captured, monkeypatch):
     if not captured:
@@ -82,14 +89,15 @@ def test_another_prompt_runs_on_the_same_step(recipe, captured, monkeypatch):
             assert reused == (seed > 0 and not recipe.startswith("sid"))
 
 
-def test_a_longer_prompt_of_the_same_bucket_reuses_the_step():
+@pytest.mark.parametrize("recipe", ["pai+vcd(alpha=0.5,beta=0)", SALIENCY[0]])
+def test_a_longer_prompt_of_the_same_bucket_reuses_the_step(recipe):
     tiny = lab.under("llava")
-    with graphed("llava", "pai+vcd(alpha=0.5,beta=0)") as vlm:
+    with graphed("llava", recipe) as vlm:
         vlm.generate(**tiny.inputs((1, 1)), max_new_tokens=NEW)
         inputs = tiny.inputs((2, 1))
         got = lab.trace(vlm.generate, inputs, max_new_tokens=NEW)
         assert vlm.report["engine"]["reused"]
-        with vlmfix.wrap(tiny.model, None, "pai+vcd(alpha=0.5,beta=0)", engine="hf") as loop:
+        with vlmfix.wrap(tiny.model, None, recipe, engine="hf") as loop:
             lab.assert_same(got, lab.trace(loop.generate, inputs, max_new_tokens=NEW), 5e-5)
 
 
@@ -250,6 +258,60 @@ def test_a_step_that_waits_for_the_device_runs_without_a_graph(caplog):
     assert vlm.report["engine"]["captured"] is False
     assert "_local_scalar_dense" in vlm.report["engine"]["reason"]
     assert "cannot be captured" in caplog.text
+
+
+class Remembering(DecodingMethod):
+    """A method that lowers the tokens it has favoured before."""
+
+    recipe_name = "remembering"
+    replayable = True
+    grows = False
+
+    def scores(self, logits, step):
+        last = logits.argmax(-1, keepdim=True)
+        if self.grows:
+            step.notes["before"] = torch.cat([step.notes.get("before", last[:, :0]), last], 1)
+            return logits.scatter(1, step.notes["before"], -9.0)
+        before = step.notes.get("before", torch.zeros_like(logits))
+        step.notes["before"] = before.scatter(1, last, -9.0)
+        return logits + before
+
+
+class Growing(Remembering):
+    recipe_name = "growing"
+    grows = True
+
+
+def test_notes_go_from_step_to_step():
+    inputs = lab.under("llava").inputs((1, 2))
+    want, got = both(Remembering(), inputs, max_new_tokens=12)
+    assert torch.equal(want, got)
+    assert not torch.equal(want, both("greedy", inputs, max_new_tokens=12)[0])
+
+
+def test_notes_that_grow_run_without_a_graph(caplog):
+    inputs = lab.under("llava").inputs((1, 2))
+    with caplog.at_level(logging.WARNING, "vlmfix"), graphed("llava", Growing()) as vlm:
+        got = [vlm.generate(**inputs, max_new_tokens=12) for _ in range(2)]
+        assert "notes before" in vlm.report["engine"]["reason"]
+        assert vlm.report["engine"]["captured"] is False
+    with vlmfix.wrap(lab.under("llava").model, None, Growing(), engine="hf") as loop:
+        want = loop.generate(**inputs, max_new_tokens=12)
+    assert torch.equal(got[0], want)
+    assert torch.equal(got[1], want)
+
+
+def test_a_step_that_fails_while_gradients_are_on_leaves_them_off(monkeypatch):
+    monkeypatch.setattr(sgrs, "threshold", lambda history, alpha, window: history.new_tensor([float(history[0, 0])]))
+    on = []
+    with graphed("llava", "sgrs") as vlm:
+        handle = vlm.parts.blocks[0].register_forward_pre_hook(lambda *_: on.append(torch.is_grad_enabled()))
+        vlm.generate(**lab.under("llava").inputs((1,)), max_new_tokens=NEW)
+        handle.remove()
+        assert vlm.report["engine"]["captured"] is False
+        assert "_local_scalar_dense" in vlm.report["engine"]["reason"]
+    assert len(on) > NEW
+    assert not any(on)
 
 
 def test_threads_take_turns_on_a_captured_step():

@@ -17,6 +17,7 @@ from vlmfix.attention.layers import Layers
 from vlmfix.attention.observing import open_all
 from vlmfix.attention.saliency import Tracer, score
 from vlmfix.attention.split import SplitPrefill
+from vlmfix.attention.values import overwrite
 from vlmfix.errors import Refusal
 from vlmfix.hf import encoding
 from vlmfix.hf.attend import Look, Tail
@@ -30,6 +31,7 @@ from vlmfix.hf.vision import class_row, on_tokens
 from vlmfix.layout import Layout
 from vlmfix.method import Step
 from vlmfix.plan import Plan
+from vlmfix.shown import draws
 
 OWN = -1
 """Place of the decoding method's own notes among those of the attention methods."""
@@ -102,6 +104,8 @@ class Request:
         self.inputs: Mapping[str, Any] = {} if joint is None else joint.inputs
         self.layers.ids = None if joint is None else joint.inputs.get("input_ids")
         self._class_rows: dict[int, Tensor] = {}
+        self._room = 0
+        self._tables: dict[tuple[int, int], Tensor] = {}
 
     # --- the model's forward -----------------------------------------------------------------------------------------
 
@@ -157,17 +161,17 @@ class Request:
             last, *branches = (block[:, -1].float() for block in blocks)
             branches = branches if self._read is None else [self._read, *branches]
             taps = tuple(sorted(self.compiled.taps))
-            notes = self.layers.notes.setdefault(OWN, {})
             saliency = self._saliency(last)
             number = self.steps if self.frame is None else self.frame.number
-            rewritten = method.scores(
-                last.detach(), Step(number, tuple(branches), taps, self._early(len(last)), notes, saliency)
-            )
+            early = self._early(len(last))
+            step = Step(number, tuple(branches), taps, early, self.notes, saliency, self._table)
+            rewritten = method.scores(last.detach(), step)
             acting = self._rewritten.repeat_interleave(len(last) // self.visible)
             rewritten = torch.where(acting[:, None].to(last.device), rewritten, last.detach())
             output["logits"] = torch.cat([blocks[0][:, :-1].detach().float(), rewritten[:, None]], 1)
             if self._tracer is not None:
                 self._tracer.stop(output.get("past_key_values"))
+                self._looked = None
         return output
 
     def _along(self, reader: Reader, kwargs: dict[str, Any], cache: Any) -> Tensor:
@@ -195,11 +199,22 @@ class Request:
             return None
 
         def scores(candidates: Tensor) -> Tensor:
-            start = self.layers.layout.length
-            parts = [score(rows, (k_pos >= start)[None]) for rows, k_pos in tracer.saliency(logits, candidates)]
+            start = self.layers.layout.length if self.frame is None else self.frame.answer
+            parts = []
+            for rows, k_pos in tracer.saliency(logits, candidates, self.frame is not None):
+                generated = (k_pos >= start) & (k_pos <= self.q_pos[-1])
+                parts.append(score(rows, generated[None]))
             return torch.stack(parts).mean(0)
 
         return scores
+
+    def _table(self, seed: int, count: int) -> Tensor:
+        """Draws of all steps that the cache has room for; made when a step runs before it is captured."""
+        assert self.frame is not None
+        if (seed, count) not in self._tables:
+            made = torch.stack([draws(seed, number, count) for number in range(self._room + 2)])
+            self._tables[seed, count] = made.to(self.frame.slot.device)
+        return self._tables[seed, count]
 
     def _drop_text(self, run: BranchRun, cache: Any) -> None:
         """Lets the rows without pictures go, once the prefill is in the cache."""
@@ -243,6 +258,7 @@ class Request:
 
     def settle(self, frame: Frame, capacity: int) -> None:
         """Ends the prefill for good: plans for a cache of `capacity` slots, inputs let go."""
+        self._room = capacity
         self.layers.settle(capacity)
         if not self.compiled.stepwise_layers:
             frame.prepare(self.layers.plans, self.compiled.facts.heads)
@@ -253,10 +269,17 @@ class Request:
     def overwrite(self, other: Request) -> bool:
         """Takes over a settled request at the addresses of this one; False where they differ in more than values."""
         same = self.rows_rewritten > 0, self.visible
-        if same != (other.rows_rewritten > 0, other.visible) or not self.layers.overwrite(other.layers):
+        if same != (other.rows_rewritten > 0, other.visible) or not overwrite(self.notes, other.notes):
+            return False
+        if not self.layers.overwrite(other.layers):
             return False
         self._rewritten.copy_(other._rewritten)
         return True
+
+    @property
+    def notes(self) -> dict[str, Tensor]:
+        """The decoding method's own notes."""
+        return self.layers.notes.setdefault(OWN, {})
 
     @property
     def replanned(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmfix.errors import Refusal
 from vlmfix.hf.attend import Look
+from vlmfix.hf.slots import SlotLayer
 from vlmfix.kernels.grouped_attention import grouped_attention
 from vlmfix.plan import Plan
 
@@ -50,19 +51,28 @@ class Tracer:
         self._outs[layer] = out
         self._rows[layer] = (weights, look.value.detach(), look.k_pos)
 
-    def saliency(self, logits: Tensor, candidates: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def saliency(self, logits: Tensor, candidates: Tensor, slots: bool = False) -> list[tuple[Tensor, Tensor]]:
         """Saliency of each candidate, mean over heads; sliding layers have fewer keys than full ones.
 
         Args:
             logits: [B, V] of the traced forward, with its graph.
             candidates: [B, C] token ids.
+            slots: whether attention went over a cache of fixed size, whose gradients take all candidates at once.
 
         Returns:
             Per target layer [B, C, K] float32 and the slots [K] of its keys.
         """
-        upstream = direction(logits.detach().float(), candidates)
         outs = [self._outs[layer] for layer in self.targets]
-        grads = torch.autograd.grad(logits, outs, upstream.to(logits.dtype), is_grads_batched=True)
+
+        upstream = direction(logits.detach().float(), candidates).to(logits.dtype)
+
+        def pulled(one: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(logits, outs, one)
+
+        if slots:
+            grads = torch.vmap(pulled)(upstream)
+        else:  # torch.vmap warns of attention functions that it does not know
+            grads = torch.autograd.grad(logits, outs, upstream, is_grads_batched=True)
         parts = []
         for layer, grad in zip(self.targets, grads, strict=True):
             weights, value, k_pos = self._rows[layer]
@@ -80,7 +90,9 @@ class Tracer:
         self._outs.clear()
         self._rows.clear()
         for layer in getattr(cache, "layers", ()):
-            if getattr(layer, "keys", None) is not None:
+            if isinstance(layer, SlotLayer):
+                layer.fed = None
+            elif getattr(layer, "keys", None) is not None:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
 

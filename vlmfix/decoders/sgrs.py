@@ -67,14 +67,21 @@ class SGRS(DecodingMethod):
     def scores(self, logits: Tensor, step: Step) -> Tensor:
         """The committed token's logit, -inf elsewhere; the first token has no answer to be salient on and is drawn."""
         probs, tokens = logits.softmax(-1).topk(self.top_k)
-        uniforms = step.uniforms(self.seed, self.draws, len(logits)) if self.draw == "sample" else None
+        uniforms = None
+        if self.draw == "sample":
+            uniforms = step.uniforms(self.seed, self.draws, len(logits)).to(logits.device)
         if step.saliency is None:
             choice = draw_next(probs, torch.zeros_like(probs, dtype=torch.bool), 0, uniforms)
+            step.notes["history"] = logits.new_full((len(logits), max(self.window, 1)), float("nan"))
         else:
-            saliency = step.saliency(tokens)
-            history = step.notes.get("history", saliency.new_zeros(len(logits), 0))
+            saliency, history = step.saliency(tokens), step.notes["history"]
             choice = choose(probs, saliency, threshold(history, self.alpha, self.window), self.draws, uniforms)
-            step.notes["history"] = torch.cat([history, saliency.gather(1, choice[:, None])], 1)
+            committed = saliency.gather(1, choice[:, None])
+            if self.window > 0:
+                step.notes["history"] = torch.cat([history[:, 1:], committed], 1)
+            else:  # the mean of all
+                mean = history.nan_to_num()
+                step.notes["history"] = mean + (committed - mean) / (step.number - 1)
         chosen = tokens.gather(1, choice[:, None])
         return torch.full_like(logits, float("-inf")).scatter(1, chosen, logits.gather(1, chosen))
 
@@ -83,12 +90,12 @@ def threshold(history: Tensor, alpha: float, window: int) -> Tensor:
     """Tau [B]: alpha times the mean of the last `window` committed saliencies, 0 without any.
 
     Args:
-        history: [B, committed].
+        history: [B, committed], nan where nothing has been committed yet.
         alpha: share.
         window: number of entries; all for 0.
     """
     recent = history[:, -window:] if window > 0 else history
-    return alpha * recent.mean(1) if recent.shape[1] else history.new_zeros(history.shape[0])
+    return alpha * recent.nanmean(1).nan_to_num()
 
 
 def choose(probs: Tensor, saliency: Tensor, tau: Tensor, draws: int, uniforms: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.request import Request
+from vlmfix.attention.values import overwrite
 from vlmfix.engine.forms import AS_IT_IS, Form
 from vlmfix.hf.hooks import serving
 from vlmfix.hf.parts import Parts
@@ -136,7 +137,8 @@ class Session:
     def _advance(self) -> None:
         frame = self.frame
         frame.begin()
-        with serving(self.request):  # whichever generation it is for: its state was copied into this one
+        # whichever generation it is for: its state was copied into this one; a step that fails leaves no gradients on
+        with torch.no_grad(), serving(self.request):
             output = self.parts.top(
                 input_ids=self._tokens[:, None].repeat(self._copies, 1),
                 position_ids=self._positions,
@@ -160,14 +162,22 @@ class Session:
         started = time.perf_counter()
         frame = self.frame
         clock = [frame.slot, frame.number, self._positions, self._cursor, self._lived, self._tokens, self._done]
-        before = [t.clone() for t in clock]
+        noted = dict(self.request.notes)
+        state = [*clock, *noted.values()]
+        before = [t.clone() for t in state]
+
+        def restore() -> None:
+            self.request.notes.clear()
+            self.request.notes.update(noted)
+            _restore(state, before)
+
         recorder = RECORDERS.get(self._tokens.device.type)
         replay: Callable[[], None] = self._advance
         for form in (*self._forms, AS_IT_IS):
             step = self._in(form)
             try:
                 if recorder is not None:
-                    replay, self.captured = recorder(step, lambda: _restore(clock, before), self._tokens.device), True
+                    replay, self.captured = recorder(self._keeping(noted, step), restore, self._tokens.device), True
                 elif form.uncaptured:
                     step()
                     replay = step
@@ -179,7 +189,7 @@ class Session:
                 self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 _LOG.warning("this step cannot be captured %s: %s", form.name, self.reason)
             finally:
-                _restore(clock, before)
+                restore()
         self.capture_seconds = time.perf_counter() - started
         return replay
 
@@ -189,6 +199,18 @@ class Session:
                 self._advance()
 
         return step
+
+    def _keeping(self, noted: dict[str, Tensor], step: Callable[[], None]) -> Callable[[], None]:
+        """A step that writes what the decoding method noted to where it read its notes."""
+
+        def keeping() -> None:
+            step()
+            new = self.request.notes.items()
+            found = {name: note if note is noted.get(name) else note.clone() for name, note in new}
+            if not overwrite(noted, found):
+                raise RuntimeError(f"the notes {', '.join(found)} are not the same in number, shape and type")
+
+        return keeping
 
 
 Recorder = Callable[[Callable[[], None], Callable[[], None], torch.device], Callable[[], None]]

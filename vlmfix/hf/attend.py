@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from vlmfix.hf.slots import Frame
+from vlmfix.hf.slots import Frame, SlotLayer
+from vlmfix.hf.tracing import attend_one
 from vlmfix.kernels.grouped_attention import CHUNK, grouped_attention, served
 from vlmfix.kernels.grouped_attention.reference import probabilities
 from vlmfix.plan import Plan
@@ -216,6 +217,9 @@ def _attend_slots(
 ) -> Tensor:
     """One step of a cache of fixed size: [B, 1, H, Dv]; every layer runs as grouped attention, which reads no mask."""
     seen = frame.seen(layer)
+    cached: SlotLayer = frame.cache.layers[layer]
+    if cached.fed is not None:
+        return request.finish(layer, _attend_traced(request, frame, layer, query, scale, how))
     if layer in frame.plans:
         plans, packed = frame.plans[layer]
     else:
@@ -236,3 +240,23 @@ def _attend_slots(
         **how,
     )
     return request.finish(layer, out.transpose(1, 2).contiguous())
+
+
+def _attend_traced(
+    request: Request, frame: Frame, layer: int, query: Tensor, scale: float, how: dict[str, Any]
+) -> Tensor:
+    """The same where gradients run through the query and its own key and value."""
+    seen = frame.seen(layer)
+    cached: SlotLayer = frame.cache.layers[layer]
+    key, value, fed = cached.keys, cached.values, cached.fed
+    look = Look(query, key, value, seen.mask(), scale, frame.slot, how, seen.k_pos)
+    plans, _ = request.visit(layer, look)
+    if fed is None or plans or how["softcap"] or not seen.consecutive:
+        key, value = cached.traced()
+        spans = (seen.low, seen.high)
+        plans = plans or (frame.nothing,)
+        out = grouped_attention(query, key, value, plans, None, scale, frame.slot, seen.k_pos, spans=spans, **how)
+    else:
+        packed = frame.plans[layer][1] if layer in frame.plans else None
+        out = attend_one(query, fed, key, value, frame, seen, scale, how["sinks"], packed)
+    return out.transpose(1, 2).contiguous()

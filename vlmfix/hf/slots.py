@@ -46,9 +46,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         values: [B, Hkv, C, Dv].
         slot: [1] int64 slot of the token that is written next, moved by the engine.
         window: keys that a query sees, its own among them; the buffer is then a ring of so many. None for all.
+        fed: key and value of the token that was written last, where gradients run through them; `Tracer` drops them.
     """
 
     is_compileable = True
+    fed: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, keys: Tensor, values: Tensor, slot: Tensor, window: int | None) -> None:
         super().__init__()
@@ -66,9 +68,21 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes one token and returns the whole buffers."""
-        at = self.slot if self.window is None else self.slot % self.window
-        kv_write(self.keys, self.values, key_states, value_states, at)
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            self.fed = key_states, value_states
+            key_states, value_states = key_states.detach(), value_states.detach()
+        kv_write(self.keys, self.values, key_states, value_states, self._at)
         return self.keys, self.values
+
+    @property
+    def _at(self) -> Tensor:
+        return self.slot if self.window is None else self.slot % self.window
+
+    def traced(self) -> tuple[Tensor, Tensor]:
+        """Copies of the buffers, in which gradients run through the token that was written last."""
+        assert self.fed is not None
+        key, value = self.fed
+        return self.keys.index_copy(2, self._at, key), self.values.index_copy(2, self._at, value)
 
     def take(self, layer: Any, length: int) -> None:
         """Takes over a growing layer, which holds the last of the first `length` slots and is empty afterwards."""
@@ -179,6 +193,11 @@ class Frame:
         """A step begins: what is seen is worked out once for all layers of one kind."""
         layers: Sequence[SlotLayer] = self.cache.layers
         self._seen = {layer.window: layer.seen(self.start) for layer in reversed(layers)}
+
+    @property
+    def answer(self) -> Tensor:
+        """[1] int64 slot of the first generated token."""
+        return self.slot - self.number + 2
 
     def seen(self, layer: int) -> Seen:
         """What a layer's query sees."""

@@ -37,8 +37,10 @@ def reference_only() -> Iterator[None]:
 
 
 def use_triton(*tensors: Tensor) -> bool:
-    """Whether the Triton form serves these inputs: on a GPU (or interpreted), in a supported element type."""
+    """Whether the Triton form serves these inputs: on a GPU (or interpreted), of a supported type, no gradients."""
     if not (INTERPRETED or all(x.is_cuda for x in tensors)) or any(x.dtype not in DTYPES for x in tensors):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):  # kernels have no backward
         return False
     return has_triton() and not _forced.get()
 

@@ -1,0 +1,98 @@
+"""Attention of one token over a cache of fixed size, with the gradients that leave it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from vlmfix.hf.slots import Frame, Seen
+from vlmfix.kernels.grouped_attention import grouped_attention
+from vlmfix.kernels.grouped_attention.pack import Packed
+from vlmfix.kernels.saliency_row import saliency_row
+
+
+def attend_one(
+    query: Tensor,
+    fed: tuple[Tensor, Tensor],
+    key: Tensor,
+    value: Tensor,
+    frame: Frame,
+    seen: Seen,
+    scale: float,
+    sinks: Tensor | None,
+    packed: Packed | None,
+) -> Tensor:
+    """Attention that nothing changes; all keys but the query's own are constants for its gradient.
+
+    Args:
+        query: [B, H, 1, D].
+        fed: [B, Hkv, 1, D] and [B, Hkv, 1, Dv], the query's own key and value.
+        key: [B, Hkv, C, D], these included.
+        value: [B, Hkv, C, Dv], these included.
+        frame: where the step stands.
+        seen: what the query sees; consecutive.
+        scale: factor on q.k.
+        sinks: [H] logits that join the softmax's denominator.
+        packed: `frame.nothing` as the kernels read it, if known.
+
+    Returns:
+        [B, H, 1, Dv].
+    """
+    found: dict[str, Tensor] = {}
+    plan = replace(frame.nothing, statistics=frozenset({"lse"}), sink=found.__setitem__)
+    rest: dict[str, Any] = {"sinks": sinks, "causal": False, "consecutive": True, "packed": packed}
+    with torch.no_grad():
+        out = grouped_attention(
+            query, key, value, (plan,), None, scale, frame.slot, seen.k_pos, spans=(seen.low, seen.high), **rest
+        )
+    start = seen.low[:, 0]
+    own = torch.zeros_like(start) + frame.slot
+    lse = found["lse"][:, :, 0]
+    traced: Tensor = _Row.apply(query, *fed, out, key, value, lse, own, start, scale)  # type: ignore[no-untyped-call]
+    return traced
+
+
+class _Row(torch.autograd.Function):
+    """Hands out a result that is known; gradients go to the query and its own key and value."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, own_key: Tensor, own_value: Tensor, out: Tensor, *rest: Any) -> Tensor:
+        *tensors, ctx.scale = rest
+        ctx.save_for_backward(query, *tensors)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = _Gradients.apply(grad, *ctx.saved_tensors, ctx.scale)  # type: ignore[no-untyped-call]
+        return (*grads, *([None] * 7))
+
+
+class _Gradients(torch.autograd.Function):
+    """Gradients of query, own key and own value; candidates that autograd batches share one reading of the cache."""
+
+    @staticmethod
+    def forward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return tuple(x[:, 0] for x in _gradients(grad[:, None], *rest))
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept: nobody takes gradients of gradients."""
+
+    @staticmethod
+    def vmap(  # type: ignore[override]
+        info: Any, in_dims: tuple[int | None, ...], grad: Tensor, *rest: Any
+    ) -> tuple[tuple[Tensor, ...], int]:
+        assert in_dims[0] is not None
+        return _gradients(grad.movedim(in_dims[0], 1), *rest), 1
+
+
+def _gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, own: Tensor, start: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    """Gradients [B, C, heads, 1, size] from [B, C, H, 1, Dv] for C candidates."""
+    row = saliency_row(query, key, value, lse, grad[:, :, :, 0], scale, own, start=start)
+    return tuple(x[:, :, :, None].to(query.dtype) for x in (row.dq, row.dk_self, row.dv_self))
