@@ -13,11 +13,13 @@ from vlmfix.applying import applied as applied
 from vlmfix.applying import is_applied
 from vlmfix.attention.observing import OBSERVERS
 from vlmfix.diagnostics.recording import Recording
+from vlmfix.engine.graph import Engine
 from vlmfix.fixed import Answer as Answer
 from vlmfix.fixed import FixedVLM as FixedVLM
 from vlmfix.hf import loading
 from vlmfix.preparing import bare
 from vlmfix.preparing import compile_for as compile_for
+from vlmfix.recipe import Recipe
 
 
 def load(
@@ -55,6 +57,7 @@ def load(
         UsageError: no such model, or one without a processor.
         Refusal: not a model the recipe can act on.
     """
+    recipe, _ = Recipe.of(recipe), Engine(engine, compile)  # a slip shows before a checkpoint is read
     loaded, processor = loading.load(
         model,
         device,

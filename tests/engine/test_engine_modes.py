@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
 from vlmfix.engine import sessions
+from vlmfix.errors import UsageError
 
 from ..duties import lab
 from ..duties.table import TABLE
@@ -105,6 +106,29 @@ def test_inference_mode_and_without():
         assert vlm.report["engine"]["reused"]
     assert torch.equal(one, two)
     assert torch.equal(one, three)
+
+
+def test_a_slip_shows_before_a_checkpoint_is_read():
+    with pytest.raises(UsageError, match="engine='fast'"):
+        vlmfix.load("no-such-model", engine="fast")
+    with pytest.raises(UsageError, match="compile=True"):
+        vlmfix.load("no-such-model", engine="hf", compile=True)
+    with pytest.raises(UsageError, match="vra"):
+        vlmfix.load("no-such-model", "vra")
+
+
+def test_where_nothing_is_compiled_the_report_says_so():
+    with vlmfix.wrap(lab.under("llava").model, None, "pai", compile=True) as vlm:
+        vlm.generate(**inputs(1), max_new_tokens=2)
+    assert "compiles no steps on cpu" in vlm.report["engine"]["reason"]
+
+
+def test_where_nothing_is_captured_the_report_says_so():
+    with wrapped("pai") as vlm:
+        vlm.generate(**inputs(1), max_new_tokens=2)
+        report = vlm.report["engine"]
+    assert report["captured"] == ("cpu" in sessions.RECORDERS)
+    assert report["captured"] or "no graphs on cpu" in report["reason"]
 
 
 def test_autocast_runs_in_the_loop():

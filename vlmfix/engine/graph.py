@@ -101,6 +101,9 @@ class Engine:
         """
         if not self.wanted(parts):
             self.report = {"name": "hf"}
+            if self.compile:
+                self.report["reason"] = f"compile=True: engine='auto' compiles no steps on {parts.device.type}"
+                hooks.warn_once(f"{self.report['reason']}; choose engine='graph' for that, or leave it out")
             return run(generate)
         reason = self._unfit or why_not(parts, compiled, kwargs, watched, self.kind == "auto")
         if self._running == threading.get_ident():
@@ -159,7 +162,7 @@ class Engine:
             "captured": session.captured,
             "form": session.form,
             "capture_seconds": session.capture_seconds - seconds,
-            **({"reason": session.reason} if session.reason else {}),
+            **({"reason": session.reason} if steps and session.reason else {}),
         }
         return output.result()
 

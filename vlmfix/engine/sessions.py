@@ -171,9 +171,16 @@ class Session:
             self.request.notes.update(noted)
             _restore(state, before)
 
-        recorder = RECORDERS.get(self._tokens.device.type)
+        kind = self._tokens.device.type
+        recorder = RECORDERS.get(kind)
+        if recorder is None:
+            self.reason = f"there are no graphs on {kind}: every step runs anew"
         replay: Callable[[], None] = self._advance
+        traced = bool(self.request.compiled.saliency_layers)
         for form in (*self._forms, AS_IT_IS):
+            if traced and not form.gradients:
+                self.reason = f"gradients of every step are taken, so the decoder does not run {form.name}"
+                continue
             step = self._in(form)
             try:
                 if recorder is not None:
