@@ -373,6 +373,16 @@ def test_compiled_blocks_give_what_the_loop_gives(recipe, monkeypatch):
     assert not any("forward" in vars(block) for block in vlm.parts.blocks.values())
 
 
+def test_a_step_with_gradients_is_captured_without_compiling():
+    inputs = lab.under("llava").inputs((1,))
+    with vlmfix.wrap(lab.under("llava").model, None, "sgrs", engine="graph", compile=True) as vlm:
+        got = lab.trace(vlm.generate, inputs, max_new_tokens=NEW)
+    lab.assert_same(got, lab.fixed("llava", "sgrs", (1,), max_new_tokens=NEW), 5e-5)
+    report = vlm.report["engine"]
+    assert (report["captured"], report["form"]) == (True, "fused")
+    assert "gradients" in report["reason"]
+
+
 def test_what_does_not_compile_runs_as_it_is(monkeypatch, caplog):
     monkeypatch.setitem(compiling.SETTINGS, "backend", "no-such-backend")
     inputs = lab.under("llava").inputs((1,))

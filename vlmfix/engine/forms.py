@@ -19,11 +19,13 @@ class Form:
         name: in reports.
         around: the block in which the decoder has it.
         uncaptured: whether it serves where steps are not captured.
+        gradients: whether gradients can run through it.
     """
 
     name: str
     around: Callable[[], contextlib.AbstractContextManager[None]]
     uncaptured: bool = True
+    gradients: bool = True
 
 
 AS_IT_IS = Form("as it is", contextlib.nullcontext)
@@ -37,4 +39,4 @@ def forms(parts: Parts, compile: bool) -> tuple[Form, ...]:
         compile: whether its blocks may be compiled.
     """
     fused = Form("fused", Fused(parts).applied, uncaptured=False)
-    return (Form("compiled", Blocks(parts).compiled), fused) if compile else (fused,)
+    return (Form("compiled", Blocks(parts).compiled, gradients=False), fused) if compile else (fused,)
