@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.tools import DTYPES, launching
 from vlmfix.kernels.rms_norm import reference as norms
-from vlmfix.kernels.rms_norm import rms_norm
+from vlmfix.kernels.rms_norm import rms_norm, rms_norm_gradient
 from vlmfix.kernels.silu_mul import reference as products
 from vlmfix.kernels.silu_mul import silu_mul
 
@@ -25,6 +25,32 @@ def test_norm(place, dtype, size):
     close = (got.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * exact.abs() + 1e-30
     assert bool(close.all())
     torch.testing.assert_close(got, norms.rms_norm(x, weight, 1e-5), rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [16, 80, 3584])
+def test_gradient_of_a_norm(place, dtype, size):
+    x = (place.randn(2, 1, size, dtype=dtype) * 3).requires_grad_()
+    weight = 1 + place.randn(size, dtype=dtype) / 4
+    grads = place.randn(5, 2, 1, size, dtype=dtype)
+    with launching("rms_norm", "rms_norm_gradient"):
+        out = rms_norm(x, weight, 1e-5)
+        got = torch.vmap(lambda one: torch.autograd.grad(out, x, one, retain_graph=True)[0])(grads)
+    exact_x = x.detach().double().requires_grad_()
+    exact = norms.rms_norm(exact_x, weight.double(), 1e-5)
+    want = torch.stack([torch.autograd.grad(exact, exact_x, one.double(), retain_graph=True)[0] for one in grads])
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+    one = torch.autograd.grad(out, x, grads[0])[0]
+    torch.testing.assert_close(one, got[0], rtol=0, atol=0)
+
+
+def test_definition_of_the_gradient_of_a_norm():
+    x = torch.randn(2, 3, 8, dtype=torch.float64).requires_grad_()
+    weight, grads = torch.randn(8, dtype=torch.float64), torch.randn(2, 2, 3, 8, dtype=torch.float64)
+    out = norms.rms_norm(x, weight, 1e-3)
+    for one, got in zip(grads, rms_norm_gradient(grads, x, weight, 1e-3), strict=True):
+        torch.testing.assert_close(got, torch.autograd.grad(out, x, one, retain_graph=True)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from vlmfix.hf.slots import Frame, Seen
+from vlmfix.kernels.gradients import Together
 from vlmfix.kernels.grouped_attention import grouped_attention
 from vlmfix.kernels.grouped_attention.pack import Packed
 from vlmfix.kernels.saliency_row import saliency_row
@@ -67,32 +67,13 @@ class _Row(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = _Gradients.apply(grad, *ctx.saved_tensors, ctx.scale)  # type: ignore[no-untyped-call]
+        grads = Together.apply(_gradients, grad, *ctx.saved_tensors, ctx.scale)  # type: ignore[no-untyped-call]
         return (*grads, *([None] * 7))
-
-
-class _Gradients(torch.autograd.Function):
-    """Gradients of query, own key and own value; candidates that autograd batches share one reading of the cache."""
-
-    @staticmethod
-    def forward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        return tuple(x[:, 0] for x in _gradients(grad[:, None], *rest))
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing is kept: nobody takes gradients of gradients."""
-
-    @staticmethod
-    def vmap(  # type: ignore[override]
-        info: Any, in_dims: tuple[int | None, ...], grad: Tensor, *rest: Any
-    ) -> tuple[tuple[Tensor, ...], int]:
-        assert in_dims[0] is not None
-        return _gradients(grad.movedim(in_dims[0], 1), *rest), 1
 
 
 def _gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, own: Tensor, start: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
-    """Gradients [B, C, heads, 1, size] from [B, C, H, 1, Dv] for C candidates."""
-    row = saliency_row(query, key, value, lse, grad[:, :, :, 0], scale, own, start=start)
-    return tuple(x[:, :, :, None].to(query.dtype) for x in (row.dq, row.dk_self, row.dv_self))
+    """Gradients [C, B, heads, 1, size] from [C, B, H, 1, Dv]."""
+    row = saliency_row(query, key, value, lse, grad[:, :, :, 0].transpose(0, 1), scale, own, start=start)
+    return tuple(x.transpose(0, 1)[:, :, :, None].to(query.dtype) for x in (row.dq, row.dk_self, row.dv_self))

@@ -19,3 +19,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Gradient of x for C gradients of the result: r (g - n mean(g n)), r being the factor, n = r x, g = grad * weight.
+
+    Args:
+        grad: [C, ..., D].
+        x: [..., D].
+        weight: [D].
+        eps: added to the mean square.
+
+    Returns:
+        [C, ..., D] in x's dtype.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide, g = x.to(dtype), grad.to(dtype) * weight.to(dtype)
+    factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    n = wide * factor
+    return (factor * (g - n * (g * n).mean(-1, keepdim=True))).to(x.dtype)
