@@ -11,8 +11,9 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
-from vlmfix.engine import sessions
+from vlmfix.engine import fitting, sessions
 from vlmfix.errors import UsageError
+from vlmfix.hf import slots, stepping
 
 from ..duties import lab
 from ..duties.table import TABLE
@@ -238,6 +239,44 @@ def test_a_plain_model_that_becomes_wanted_later(monkeypatch):
     for i in range(3):
         assert torch.equal(vlm.generate(**inputs(1, 2), max_new_tokens=NEW), want)
         assert vlm.report["engine"]["reused"] == (i > 0)
+
+
+@pytest.mark.parametrize("why", ["memory", "layers"])
+def test_what_shows_behind_the_prompt_runs_in_the_loop_with_nothing_done_twice(why, monkeypatch):
+    if why == "memory":
+        monkeypatch.setattr(fitting, "unused", lambda device: 0)
+    else:
+        monkeypatch.setattr(slots, "why_not", lambda cache, depth: "some layers do not fit")
+    notes = []
+
+    class Noting(Listening):
+        def put(self, value):
+            notes.extend(value.flatten().tolist())
+
+    with wrapped("pai") as vlm:
+        options = {"do_sample": True, "seed": 1, "output_scores": True, "return_dict_in_generate": True}
+        out = vlm.generate(**inputs(1), max_new_tokens=NEW, streamer=Noting(), **options)
+        assert "fit" in vlm.report["engine"]["reason"]
+        assert not vlm._engine._sessions
+    assert notes == out.sequences[0].tolist()
+    assert len(out.scores) == NEW
+
+
+def test_the_bytes_of_a_cache():
+    given = inputs(1, 2)
+    with wrapped("pai") as vlm:
+        vlm.generate(**given, max_new_tokens=NEW)
+        (session,) = vlm._engine._sessions.values()
+        layers = session.frame.cache.layers
+        have = sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+        grown = DynamicCache(config=vlm.parts.text_config)
+        for i, layer in enumerate(layers):
+            grown.update(layer.keys[:, :, :5], layer.values[:, :, :5], i)
+        prefilled = stepping.Prefilled(torch.zeros(1), grown, torch.ones(2, 5))
+        assert fitting.lacking(prefilled, session.capacity) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fitting, "unused", lambda device: 0)
+            assert fitting.lacking(prefilled, session.capacity) == have - have * 5 // session.capacity
 
 
 def test_a_copy_of_a_wrapped_model():

@@ -91,3 +91,26 @@ def numbers(prefilled: Prefilled) -> Hashable:
     """Kind of numbers; those made in inference mode cannot be written outside of it."""
     keys = prefilled.cache.layers[0].keys
     return keys.dtype, keys.device, torch.is_inference_mode_enabled()
+
+
+def lacking(prefilled: Prefilled, capacity: int) -> int:
+    """Bytes that a device lacks for a cache of fixed size; 0 where it fits.
+
+    Args:
+        prefilled: a growing cache, which is freed while the other one is filled.
+        capacity: most slots.
+    """
+    more = 0
+    for layer in prefilled.cache.layers:
+        slots = min(capacity, getattr(layer, "sliding_window", None) or capacity)
+        for tensor in (layer.keys, layer.values):
+            more += tensor[:, :, :1].nbytes * (slots - tensor.shape[2])
+    return max(0, more - unused(prefilled.logits.device))
+
+
+def unused(device: torch.device) -> int:
+    """Bytes of a device that tensors can still take; more than there are where nobody counts them."""
+    if device.type != "cuda":
+        return 1 << 62
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmfix.attention.compiled import Compiled
 from vlmfix.attention.request import Request
-from vlmfix.engine.fitting import addresses, numbers, why_not
+from vlmfix.engine.fitting import addresses, lacking, numbers, why_not
 from vlmfix.engine.forms import Form, forms
 from vlmfix.engine.sessions import Session
 from vlmfix.errors import UsageError
@@ -36,7 +36,7 @@ FEWEST = 8
 
 
 class Unfit(Exception):  # noqa: N818 - it is an answer, not a fault
-    """This model's cache cannot be one of fixed size; the message says why."""
+    """The cache cannot be one of fixed size; the message says why."""
 
 
 class Engine:
@@ -112,14 +112,15 @@ class Engine:
         if not reason and not self.worthwhile(parts, new):
             self.report = {"name": "hf", "reason": f"{new} new tokens are not worth capturing a step"}
             return run(generate)
+        loop = generate
         if not reason:
             try:
                 return run(lambda **given: stepping.call(generate, lambda task: self._loop(parts, task), given))
             except Unfit as unfit:
-                reason = str(unfit)
+                reason, loop = str(unfit), lambda **given: stepping.again(generate, given)
         hooks.warn_once(f"decoding runs in transformers' loop (engine 'hf'): {reason}")
         self.report = {"name": "hf", "reason": reason}
-        return run(generate)
+        return run(loop)
 
     def _loop(self, parts: Parts, task: Task) -> Any:
         request: Any = hooks.REQUEST.get()
@@ -136,10 +137,10 @@ class Engine:
 
     def _decode(self, parts: Parts, request: Request, task: Task, prefilled: Prefilled) -> Any:
         choice = Choice(task)
-        token, processed = choice.first(task, prefilled.logits)
         valid, positions = request.standing(prefilled.valid)
         capacity = -(-(valid.shape[1] + task.room) // BUCKET) * BUCKET
         session, reused = self._session(parts, request, task, prefilled, positions.shape, capacity)
+        token, processed = choice.first(task, prefilled.logits)
         seconds = session.capture_seconds
         session.start(request, task, prefilled, token)
         output = Output(task, session)
@@ -179,8 +180,10 @@ class Engine:
         reused = session is not None and session.fits(request)
         if session is None or not reused:
             session = None  # it holds a cache
-            while len(self._sessions) >= KEPT:
+            while len(self._sessions) >= KEPT or (self._sessions and lacking(prefilled, capacity)):
                 self._sessions.popitem(last=False)
+            if missing := lacking(prefilled, capacity):
+                raise Unfit(f"a cache of {capacity} slots does not fit, {missing / 2**30:.1f} GiB are missing")
             if self._weights != weights:
                 self._forms, self._weights = forms(parts, self.compile), weights
             session = Session(parts, request, task, prefilled, capacity, self._forms)

@@ -16,6 +16,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from vlmfix.hf.draw import SeededDraw, inverse_cdf, uniforms
@@ -162,6 +163,38 @@ class Choice:
         if self._sampled:
             return torch.multinomial(scores.softmax(-1), 1)[:, 0], scores
         return scores.argmax(-1), scores
+
+
+class Answers(BaseStreamer):  # type: ignore[misc]
+    """Hands a streamer on what comes behind the prompt, which it was given before.
+
+    Args:
+        streamer: the caller's.
+    """
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer, self._began = streamer, False
+
+    def put(self, value: Tensor) -> None:
+        """Tokens [B], or the prompt [B, L] first."""
+        if self._began:
+            self._streamer.put(value)
+        self._began = True
+
+    def end(self) -> None:
+        """Nothing follows."""
+        self._streamer.end()
+
+
+def again(generate: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    """Runs transformers' generate where `call` gave up behind the prompt.
+
+    Args:
+        generate: the model's generate.
+        kwargs: the caller's keywords.
+    """
+    streamer = kwargs.get("streamer")
+    return generate(**kwargs if streamer is None else {**kwargs, "streamer": Answers(streamer)})
 
 
 def call(generate: Callable[..., Any], loop: Callable[[Task], Any], kwargs: dict[str, Any]) -> Any:
