@@ -223,7 +223,7 @@ def bounds(row: dict[str, Any], usual: int) -> dict[str, str]:
             out["of_plain"] = "<= 1.15"
         if single and engine.startswith("graph") and row["prompt"] == usual:
             out["of_two_forwards"] = "<= 0.167"
-    if row["method"] == "sgrs" and engine == "hf":
+    if row["method"] == "sgrs":
         out["of_plain"] = "<= 2.2"
     if row["method"] == "opera":
         out["of_plain"] = "<= 1.3"
