@@ -132,6 +132,20 @@ def test_where_nothing_is_captured_the_report_says_so():
     assert report["captured"] or "no graphs on cpu" in report["reason"]
 
 
+def test_hooks_of_others_are_called_at_every_step():
+    calls = []
+    with wrapped("pai") as vlm:
+        want = vlm.generate(**inputs(1), max_new_tokens=NEW)
+        for module in (vlm.parts.top, vlm.parts.blocks[1]):
+            handle = module.register_forward_hook(lambda *_: calls.append(1))
+            assert torch.equal(vlm.generate(**inputs(1), max_new_tokens=NEW), want)
+            assert "forward hook" in vlm.report["engine"]["reason"]
+            handle.remove()
+        assert len(calls) == 2 * NEW
+        vlm.generate(**inputs(1), max_new_tokens=NEW)
+        assert vlm.report["engine"]["reused"]
+
+
 def test_autocast_runs_in_the_loop():
     with wrapped("pai") as vlm, torch.autocast("cpu", torch.bfloat16):
         vlm.generate(**inputs(1), max_new_tokens=NEW)

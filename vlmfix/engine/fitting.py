@@ -65,6 +65,8 @@ def why_not(parts: Parts, compiled: Compiled, kwargs: dict[str, Any], watched: b
         return "torch.autocast is on"
     if kwargs.get("synced_gpus"):
         return "synced_gpus=True"
+    if hooked := strangers(parts):
+        return f"{hooked} has a forward hook, which a replay would not call"
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and (mask.dim() != 2 or bool((mask.bool() != (mask.cumsum(1) > 0)).any())):
         return "the prompt has padding behind its first token, or a mask of more than two dimensions"
@@ -72,6 +74,15 @@ def why_not(parts: Parts, compiled: Compiled, kwargs: dict[str, Any], watched: b
         return "return_dict_in_generate=True hands out the cache, which a captured step keeps"
     if getattr(parts.model, "hf_device_map", None) and len(set(parts.model.hf_device_map.values())) > 1:
         return "the model is spread over several devices"
+    return ""
+
+
+def strangers(parts: Parts) -> str:
+    """The first module of a step with a forward hook that is neither ours nor transformers'; empty if none has one."""
+    for name, module in (("the model", parts.top), *parts.decoder.named_modules()):
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if (getattr(hook, "__module__", None) or "").split(".")[0] not in ("vlmfix", "transformers"):
+                return name or "the decoder"
     return ""
 
 
