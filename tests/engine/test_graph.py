@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 import vlmfix
 from vlmfix import registry
 from vlmfix.decoders import sgrs
-from vlmfix.engine import compiling, graph, sessions
+from vlmfix.engine import compiling, fitting, graph, sessions
 from vlmfix.errors import UsageError
 from vlmfix.hf.families import FAMILIES as TABLE_OF_FAMILIES
 from vlmfix.method import DecodingMethod
@@ -303,6 +303,7 @@ def test_notes_that_grow_run_without_a_graph(caplog):
 
 def test_a_step_that_fails_while_gradients_are_on_leaves_them_off(monkeypatch):
     monkeypatch.setattr(sgrs, "threshold", lambda history, alpha, window: history.new_tensor([float(history[0, 0])]))
+    monkeypatch.setattr(fitting, "strangers", lambda parts: "")
     on = []
     with graphed("llava", "sgrs") as vlm:
         handle = vlm.parts.blocks[0].register_forward_pre_hook(lambda *_: on.append(torch.is_grad_enabled()))
