@@ -137,7 +137,7 @@ class FixedVLM:
                 raise UsageError(f"ids= names {len(names)} samples, the batch has {rows}")
             kwargs, draw = settings.seeded(kwargs, seed, names)
         generate = own(self.model)
-        with encoding.once(self.model, self._encoded), outside():
+        with encoding.once(self.parts, self._encoded), outside():
             result, request = self._engine.generate(
                 self.parts, self.compiled, generate, self._run(kwargs), kwargs, watched(self.model)
             )

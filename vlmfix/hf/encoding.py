@@ -13,16 +13,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.utils import ModelOutput
+
+from vlmfix.hf.parts import Parts
+
+ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")
+"""What peft's layers keep beside their weights; merging writes to weights in a way that does not count as one."""
 
 
 @dataclass
 class Memory:
-    """The last batch of encoded pictures: content of the encoder's inputs, what it returned, what was read off."""
+    """The last batch of encoded pictures: content of the encoder's inputs, what it returned, what was read off.
+
+    Args:
+        key: content of the inputs.
+        weights: state of the weights, as `_state` tells it.
+        value: what the encoder returned.
+        notes: what was read off the tower by layer.
+    """
 
     key: str = ""
+    weights: list[Any] = field(default_factory=list)
     value: Any = None
     notes: dict[int, Tensor] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins empty: its model has weights of its own, and weak references to storages cannot be copied."""
+        return Memory, ()
 
 
 _MEMORY: ContextVar[Memory | None] = ContextVar("vlmfix_encoded", default=None)
@@ -31,17 +49,24 @@ _USERS: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDiction
 
 
 @contextlib.contextmanager
-def once(model: Any, memory: Memory) -> Iterator[None]:
+def once(parts: Parts, memory: Memory) -> Iterator[None]:
     """Within the context, this thread's forwards reuse the encoding of pictures equal to the last ones.
 
+    Nothing is reused once weights outside the decoder's blocks were replaced or written to. Writes to `weight.data`
+    in place go unseen: torch does not count them.
+
     Args:
-        model: the model; nothing happens for families without `get_image_features`.
+        parts: the model; nothing happens for families without `get_image_features`.
         memory: kept by the caller from one generation to the next.
     """
+    model = parts.model
     owner = next((m for m in (getattr(model, "model", None), model) if hasattr(m, "get_image_features")), None)
     if owner is None or model.training:
         yield
         return
+    weights = _state(parts)
+    if memory.weights != weights:
+        memory.key, memory.weights = "", weights
     token = _MEMORY.set(memory)
     _enter(owner)
     try:
@@ -55,6 +80,24 @@ def notes() -> dict[int, Tensor]:
     """What was read off the tower by layer when the remembered pictures were encoded; kept with them."""
     memory = _MEMORY.get()
     return {} if memory is None else memory.notes
+
+
+def _state(parts: Parts) -> list[Any]:
+    """Where the weights outside the decoder's blocks lie, how often each was written to, and which adapters act."""
+    state: list[Any] = []
+    for _, module in parts.model.named_modules(memo=set(parts.blocks.values())):
+        state += [_place(weight) for weight in module._parameters.values() if weight is not None]
+        if any(name in vars(module) for name in ADAPTERS):
+            state.append(repr([vars(module).get(name) for name in ADAPTERS]))
+    return state
+
+
+def _place(weight: Tensor) -> tuple[Any, ...]:
+    version = 0 if weight.is_inference() else weight._version
+    try:  # addresses are used again; a weak reference that is kept is not
+        return StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), version
+    except (RuntimeError, NotImplementedError):  # kinds of tensors that have no storage of their own
+        return id(weight), version
 
 
 def _enter(owner: Any) -> None:
