@@ -243,6 +243,11 @@ class Request:
         cache.copies, cache.state = self.copies, self
         return cache
 
+    @property
+    def length(self) -> int:
+        """Slots of the cache behind the prompt, branch rows included."""
+        return self.prompt_length if self._branches is None else self._branches.joint.length
+
     def standing(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Where the rows of this request stand after the prefill, branch rows included.
 

@@ -124,21 +124,28 @@ class Engine:
 
     def _loop(self, parts: Parts, task: Task) -> Any:
         request: Any = hooks.REQUEST.get()
-        prefilled = task.prefill()
-        self._unfit = slots.why_not(prefilled.cache, parts.depth)
-        if self._unfit:
-            raise Unfit(self._unfit)
-        with self._lock:  # a session holds one generation at a time
+        with self._lock:  # a session holds one generation at a time, and the prompt is read into its cache
             self._running = threading.get_ident()
             try:
+                prefilled = self._prefilled(request, task)
+                self._unfit = slots.why_not(prefilled.cache, parts.depth)
+                if self._unfit:
+                    raise Unfit(self._unfit)
                 return self._decode(parts, request, task, prefilled)
             finally:
                 self._running = None
 
+    def _prefilled(self, request: Request, task: Task) -> Prefilled:
+        """Reads the prompt, into the cache of a captured step of the same capacity if there is one."""
+        capacity = _capacity(request.length + task.room)
+        likely = (s.frame.cache for s in reversed(self._sessions.values()) if s.capacity == capacity)
+        slots.reserve(task.kwargs.get("past_key_values"), capacity, next(likely, None))
+        return task.prefill()
+
     def _decode(self, parts: Parts, request: Request, task: Task, prefilled: Prefilled) -> Any:
         choice = Choice(task)
         valid, positions = request.standing(prefilled.valid)
-        capacity = -(-(valid.shape[1] + task.room) // BUCKET) * BUCKET
+        capacity = _capacity(valid.shape[1] + task.room)
         session, reused = self._session(parts, request, task, prefilled, positions.shape, capacity)
         token, processed = choice.first(task, prefilled.logits)
         seconds = session.capture_seconds
@@ -189,6 +196,10 @@ class Engine:
             session = Session(parts, request, task, prefilled, capacity, self._forms)
         self._sessions[key] = session
         return session, reused
+
+
+def _capacity(slots: int) -> int:
+    return -(-slots // BUCKET) * BUCKET
 
 
 class Output:

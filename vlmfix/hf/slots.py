@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from vlmfix.kernels.grouped_attention import prepared
 from vlmfix.kernels.grouped_attention.pack import Packed
@@ -90,8 +90,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         layer.keys = layer.values = None
         first = length - keys.shape[2]
         if self.window is None:
-            self.keys[:, :, first:length] = keys
-            self.values[:, :, first:length] = values
+            for mine, theirs in ((self.keys, keys), (self.values, values)):
+                if not _within(theirs, mine):
+                    mine[:, :, first:length] = theirs
             self.values[:, :, length:] = 0  # an earlier text's, which would show if they were infinite
             return
         self.values.zero_()
@@ -130,6 +131,80 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.capacity
 
 
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """A growing layer that grows within a buffer, so that a cache of fixed size can take it over without a copy.
+
+    Args:
+        capacity: slots of the buffer; what outgrows it grows as usual.
+        lent: the layer of a cache of fixed size that is not in use, whose buffers serve where they fit.
+    """
+
+    def __init__(self, capacity: int, lent: SlotLayer | None = None) -> None:
+        super().__init__()
+        self.capacity, self._lent = capacity, lent
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def own(self) -> tuple[Tensor, Tensor] | None:
+        """The buffers, where they are its own and hold what it holds."""
+        if self._buffers is None or self._lent is not None or not self._inside:
+            return None
+        return self._buffers
+
+    @property
+    def _inside(self) -> bool:
+        assert self._buffers is not None
+        pairs = zip((self.keys, self.values), self._buffers, strict=True)
+        return all(_within(x, buffer) or not x.numel() for x, buffer in pairs)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Adds keys and values and returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = self._made(key_states, value_states)
+        past = self.get_seq_length()
+        end = past + key_states.shape[2]
+        if self._buffers is None or end > self.capacity or not self._inside:
+            self._buffers = None
+            out: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return out
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, past:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _made(self, *states: Tensor) -> tuple[Tensor, Tensor]:
+        shapes = [(*x.shape[:2], self.capacity, x.shape[3]) for x in states]
+        if self._lent is not None:
+            lent = (self._lent.keys, self._lent.values)
+            alike = ((y.shape, y.dtype, y.device, y.is_inference()) for y in lent)
+            mode = torch.is_inference_mode_enabled()
+            if all(a == (s, x.dtype, x.device, mode) for a, s, x in zip(alike, shapes, states, strict=True)):
+                return lent
+            self._lent = None
+        keys, values = (x.new_zeros(shape) for x, shape in zip(states, shapes, strict=True))
+        return keys, values
+
+
+def _within(part: Tensor, buffer: Tensor) -> bool:
+    """Whether a tensor is the first slots of a buffer."""
+    same = part.data_ptr() == buffer.data_ptr() and part.stride() == buffer.stride()
+    return same and part.shape[:2] == buffer.shape[:2]
+
+
+def reserve(cache: Any, capacity: int, lent: SlotCache | None) -> None:
+    """Lets an empty growing cache grow within buffers of `capacity` slots, those of another cache if they fit.
+
+    Layers with a window, and layers that hold something already, stay as they are.
+    """
+    layers = getattr(cache, "layers", [])
+    if any(getattr(layer, "is_initialized", True) for layer in layers):
+        return
+    for i, layer in enumerate(layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = GrowingLayer(capacity, None if lent is None else lent.layers[i])
+
+
 class SlotCache(Cache):  # type: ignore[misc]
     """Layers of fixed size; their clock is moved by the engine, not by `update`."""
 
@@ -148,7 +223,8 @@ class SlotCache(Cache):  # type: ignore[misc]
             window = window if window is not None and window < capacity else None
             size = capacity if window is None else window
             shapes = ((*x.shape[:2], size, x.shape[3]) for x in (layer.keys, layer.values))
-            keys, values = (layer.keys.new_zeros(shape) for shape in shapes)
+            own = layer.own if isinstance(layer, GrowingLayer) and layer.capacity == size else None
+            keys, values = own or (layer.keys.new_zeros(shape) for shape in shapes)
             layers.append(SlotLayer(keys, values, slot, window))
             layers[-1].take(layer, length)
         return SlotCache(layers=layers)
