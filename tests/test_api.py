@@ -111,6 +111,18 @@ def test_answer_needs_a_processor():
         vlm.answer(None, ASK)
 
 
+@pytest.mark.parametrize("recipe", ["greedy", "vcd", "locore", "carve"])
+@pytest.mark.parametrize("engine", ["hf", "graph"])
+def test_a_closed_model_refuses(folder, recipe, engine):
+    with vlmfix.load(folder, recipe, device="cpu", engine=engine) as vlm:
+        pass
+    for call in (lambda: vlm.answer(picture(1), ASK), lambda: vlm.generate(torch.ones(1, 2, dtype=torch.long))):
+        with pytest.raises(UsageError, match=f"{recipe}.*was closed"):
+            call()
+    vlm.close()
+    assert vlm.model.config._attn_implementation == "sdpa"
+
+
 def test_a_picture_asked_about_twice_is_encoded_once(vlm, monkeypatch):
     """Also beneath branches, which encode their pictures along with the caller's; and beams leave the memory whole."""
     seen, tower = [], vlm.model.model.vision_tower

@@ -57,6 +57,7 @@ class FixedVLM:
         self.recipe = Recipe.of(recipe)
         self.report: dict[str, Any] = {}
         self._engine = Engine(engine, compile)
+        self._closed = False
         with hooks.installed(self.model) as parts:
             self.parts = parts
             self.compiled = compile_for(parts, self.recipe, processor)
@@ -65,14 +66,25 @@ class FixedVLM:
         self._encoded = encoding.Memory()
 
     def _hold(self) -> None:
-        """Stays on the model from the first call on that needs it; a plain model may move to a GPU later."""
+        """Stays on the model from the first call on that needs it; a plain model may move to a GPU later.
+
+        Raises:
+            UsageError: the model was closed.
+        """
+        finalizer = getattr(self, "_finalizer", None)
+        if self._closed or (finalizer is not None and not finalizer.alive):
+            raise UsageError(f"{self.recipe}: this model was closed, so the recipe no longer acts; wrap it again")
         with hooks.LOCK:
             if not hasattr(self, "_finalizer") and (not self.compiled.plain or self._engine.wanted(self.parts)):
                 self.parts = hooks.acquire(self.model)
                 self._finalizer = weakref.finalize(self, hooks.release, self.model)
 
     def close(self) -> None:
-        """Restores the model if this was its last user; also happens when the object is dropped."""
+        """Restores the model if this was its last user; also happens when the object is dropped.
+
+        Afterwards `generate` and `answer` refuse, whatever the recipe.
+        """
+        self._closed = True
         finalizer = getattr(self, "_finalizer", None)
         if finalizer is not None:
             finalizer()
@@ -116,17 +128,14 @@ class FixedVLM:
         Raises:
             UsageError: the model was closed.
         """
-        finalizer = getattr(self, "_finalizer", None)
-        if finalizer is not None and not finalizer.alive:
-            raise UsageError(f"{self.recipe}: this model was closed, so the recipe no longer acts; wrap it again")
+        self._hold()
         refuse_tensors(self.compiled)
         if inputs is not None:
             kwargs["input_ids"] = inputs
         return self._generate(seed, ids, {**kwargs, "generation_config": generation_config})
 
     def _generate(self, seed: int | None, ids: Sequence[str] | None, kwargs: dict[str, Any]) -> Any:
-        """As `generate`; pictures are redrawn already."""
-        self._hold()
+        """As `generate`; the model is held and pictures are redrawn already."""
         kwargs, overridden = settings.plain(self.model.generation_config, settings.spelled_out(kwargs))
         draw = None
         if seed is not None and kwargs.get("do_sample"):
@@ -188,8 +197,9 @@ class FixedVLM:
 
         Raises:
             PictureError: a picture that cannot be read, named.
-            UsageError: lists of different lengths.
+            UsageError: lists of different lengths, or the model was closed.
         """
+        self._hold()
         single = not isinstance(images, list) and isinstance(prompts, str)
         pictures, questions = _paired(images, prompts)
         names = [str(i) for i in range(len(questions))] if ids is None else [str(i) for i in ids]
