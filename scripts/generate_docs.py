@@ -45,6 +45,8 @@ SPEED = (
     *("graph greedy", "graph var", "graph vcd", "graph+compile greedy", "graph+compile var", "graph+compile vcd"),
 )
 """Rows of what was measured that README.md shows, the one to compare with first."""
+AGAIN = ", again"
+"""Ends the name of a row that a run measured a second time."""
 
 
 def main() -> int:
@@ -100,10 +102,15 @@ def method_table() -> str:
 
 
 def speed_table() -> str:
-    """Milliseconds per token of the usual prompt at batch 1, as measured."""
-    rows = {row["row"]: row for row in speed()["rows"] if (row["prompt"], row["batch"]) == (640, 1)}
-    base = rows[SPEED[0]]["ms_per_token"]
-    cells = ((name, f"{rows[name]['ms_per_token']:.1f}", f"{rows[name]['ms_per_token'] / base:.2f}") for name in SPEED)
+    """Milliseconds per token of the usual prompt at batch 1: the better of a row and its repetition, as `of_sdpa`."""
+    known = speed()
+    found = [row for row in known["rows"] if (row["prompt"], row["batch"]) == (640, 1) and "ms_per_token" in row]
+    cells = []
+    for name in SPEED:
+        same = [row for row in found if row["row"].removesuffix(AGAIN) == name]
+        row = min((row for row in same if row["run"] == same[-1]["run"]), key=lambda row: row["ms_per_token"])
+        earlier = " (earlier run)" if row["run"] < len(known["runs"]) - 1 else ""
+        cells.append((name + earlier, f"{row['ms_per_token']:.1f}", f"{row['of_sdpa']:.2f}"))
     return markdown(["", "ms per token", f"x {SPEED[0]}"], cells)
 
 
