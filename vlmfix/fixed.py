@@ -35,8 +35,8 @@ class FixedVLM:
         processor: its processor; only `generate` works without one.
         recipe: a recipe, a method, a text, or a list of these.
         engine: "hf" for transformers' decoding loop, "graph" for one captured step that is replayed, "auto" for the
-            second on a GPU. Where a call cannot be captured it runs in transformers' loop, with a warning and the
-            reason in the report.
+            second on a GPU. Where a call cannot be captured it runs in transformers' loop, with the reason in the
+            report; where "graph" was asked for, with a warning too.
         compile: compile the decoder's blocks before a step is captured: faster steps after some ten seconds.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import threading
 import weakref
 
@@ -11,9 +12,9 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
-from vlmfix.engine import fitting, sessions
+from vlmfix.engine import fitting, graph, sessions
 from vlmfix.errors import UsageError
-from vlmfix.hf import slots, stepping
+from vlmfix.hf import hooks, slots, stepping
 
 from ..duties import lab
 from ..duties.table import TABLE
@@ -122,6 +123,17 @@ def test_where_nothing_is_compiled_the_report_says_so():
     with vlmfix.wrap(lab.under("llava").model, None, "pai", compile=True) as vlm:
         vlm.generate(**inputs(1), max_new_tokens=2)
     assert "compiles no steps on cpu" in vlm.report["engine"]["reason"]
+
+
+@pytest.mark.parametrize(("engine", "level"), [("graph", logging.WARNING), ("auto", logging.INFO)])
+def test_only_who_asked_for_captured_steps_is_warned(engine, level, monkeypatch, caplog):
+    monkeypatch.setattr(hooks, "_WARNED", set())
+    monkeypatch.setattr(graph.Engine, "wanted", lambda self, parts: self.kind != "hf")  # as on a GPU
+    with caplog.at_level(logging.INFO, "vlmfix"), wrapped("pai", engine) as vlm:
+        for _ in range(2):
+            vlm.generate(**inputs(1), max_new_tokens=NEW, num_beams=2)
+        assert vlm.report["engine"] == {"name": "hf", "reason": "beam search"}
+    assert [(r.levelno, "beam search" in r.message) for r in caplog.records] == [(level, True)]
 
 
 def test_where_nothing_is_captured_the_report_says_so():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -118,7 +119,8 @@ class Engine:
                 return run(lambda **given: stepping.call(generate, lambda task: self._loop(parts, task), given))
             except Unfit as unfit:
                 reason, loop = str(unfit), lambda **given: stepping.again(generate, given)
-        hooks.warn_once(f"decoding runs in transformers' loop (engine 'hf'): {reason}")
+        level = logging.WARNING if self.kind == "graph" else logging.INFO
+        hooks.warn_once(f"decoding runs in transformers' loop (engine 'hf'): {reason}", level)
         self.report = {"name": "hf", "reason": reason}
         return run(loop)
 

@@ -56,14 +56,14 @@ _INSTALLED: weakref.WeakKeyDictionary[nn.Module, _Installation] = weakref.WeakKe
 
 
 _LOG = logging.getLogger("vlmfix")
-_WARNED: set[str] = set()
+_WARNED: set[tuple[str, int]] = set()
 
 
-def warn_once(message: str) -> None:
-    """Logs a warning the first time it occurs in this process."""
-    if message not in _WARNED:
-        _WARNED.add(message)
-        _LOG.warning(message)
+def warn_once(message: str, level: int = logging.WARNING) -> None:
+    """Logs a warning, or a message of another level, the first time it occurs in this process."""
+    if (message, level) not in _WARNED:
+        _WARNED.add((message, level))
+        _LOG.log(level, message)
 
 
 class Opener(Protocol):
