@@ -1,6 +1,8 @@
 """What surrounds a replayed step: modes of torch, callers' objects, errors in the middle, models that change."""
 
+import contextlib
 import copy
+import functools
 import gc
 import logging
 import threading
@@ -12,7 +14,7 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
-from vlmfix.engine import fitting, graph, sessions
+from vlmfix.engine import fitting, forms, graph, sessions
 from vlmfix.errors import UsageError
 from vlmfix.hf import hooks, slots, stepping
 
@@ -142,6 +144,37 @@ def test_where_nothing_is_captured_the_report_says_so():
         report = vlm.report["engine"]
     assert report["captured"] == ("cpu" in sessions.RECORDERS)
     assert report["captured"] or "no graphs on cpu" in report["reason"]
+
+
+def _failing(*names):
+    @contextlib.contextmanager
+    def around(name):
+        if name in names:
+            raise RuntimeError(f"no step runs {name}")
+        yield
+
+    return tuple(forms.Form(name, functools.partial(around, name)) for name in (forms.COMPILED, "fused"))
+
+
+@pytest.mark.parametrize(
+    ("failing", "form", "reason"),
+    [
+        ((), "compiled", None),
+        (("compiled",), "fused", "RuntimeError: no step runs compiled"),
+        (("compiled", "fused"), "as it is", "RuntimeError: no step runs compiled"),
+        (("fused",), "as it is", None),
+    ],
+)
+def test_the_report_says_why_what_was_asked_for_did_not_come_about(failing, form, reason, monkeypatch):
+    made = _failing(*failing)
+    monkeypatch.setattr(graph, "forms", lambda parts, compile: made[not compile :])
+    with vlmfix.wrap(lab.under("llava").model, None, "pai", engine="graph", compile=failing != ("fused",)) as vlm:
+        vlm.generate(**inputs(1), max_new_tokens=NEW)
+        report = vlm.report["engine"]
+    if "cpu" not in sessions.RECORDERS:
+        reason = reason or "there are no graphs on cpu: every step runs anew"
+    assert report["captured"] == ("cpu" in sessions.RECORDERS)
+    assert (report["form"], report.get("reason")) == (form, reason)
 
 
 def test_hooks_of_others_are_called_at_every_step():

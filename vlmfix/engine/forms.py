@@ -28,6 +28,9 @@ class Form:
     gradients: bool = True
 
 
+COMPILED = "compiled"
+"""Name of the form that a caller asks for; the others are chosen unasked."""
+
 AS_IT_IS = Form("as it is", contextlib.nullcontext)
 
 
@@ -39,4 +42,4 @@ def forms(parts: Parts, compile: bool) -> tuple[Form, ...]:
         compile: whether its blocks may be compiled.
     """
     fused = Form("fused", Fused(parts).applied, uncaptured=False)
-    return (Form("compiled", Blocks(parts).compiled, gradients=False), fused) if compile else (fused,)
+    return (Form(COMPILED, Blocks(parts).compiled, gradients=False), fused) if compile else (fused,)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmfix.attention.request import Request
 from vlmfix.attention.values import overwrite
-from vlmfix.engine.forms import AS_IT_IS, Form
+from vlmfix.engine.forms import AS_IT_IS, COMPILED, Form
 from vlmfix.hf.hooks import serving
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.slots import MARK, Frame, SlotCache
@@ -24,7 +24,7 @@ class Session:
     """The step of one shape: embedding, layers, methods, branches, choice of the token and end test.
 
     Nothing in it reads from or waits for the device, so on a GPU it runs as one graph; elsewhere, or where capturing
-    fails (`reason` then says why), it runs as it is.
+    fails, it runs as it is. `reason` says why it was not captured, or not compiled where that was asked for.
 
     Args:
         parts: the model.
@@ -173,13 +173,12 @@ class Session:
 
         kind = self._tokens.device.type
         recorder = RECORDERS.get(kind)
-        if recorder is None:
-            self.reason = f"there are no graphs on {kind}: every step runs anew"
+        failed: dict[str, str] = {}
         replay: Callable[[], None] = self._advance
         traced = bool(self.request.compiled.saliency_layers)
         for form in (*self._forms, AS_IT_IS):
             if traced and not form.gradients:
-                self.reason = f"gradients of every step are taken, so the decoder does not run {form.name}"
+                failed[form.name] = f"gradients of every step are taken, so the decoder does not run {form.name}"
                 continue
             step = self._in(form)
             try:
@@ -193,10 +192,16 @@ class Session:
                 self.form = form.name
                 break
             except Exception as error:
-                self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                _LOG.warning("this step cannot be captured %s: %s", form.name, self.reason)
+                failed[form.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                _LOG.warning("this step cannot be captured %s: %s", form.name, failed[form.name])
             finally:
                 restore()
+        if self.captured:
+            self.reason = failed.get(COMPILED, "")
+        elif recorder is None:
+            self.reason = failed.get(COMPILED) or f"there are no graphs on {kind}: every step runs anew"
+        else:
+            self.reason = failed[AS_IT_IS.name]
         self.capture_seconds = time.perf_counter() - started
         return replay
 
