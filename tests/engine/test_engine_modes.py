@@ -177,6 +177,15 @@ def test_the_report_says_why_what_was_asked_for_did_not_come_about(failing, form
     assert (report["form"], report.get("reason")) == (form, reason)
 
 
+def test_one_token_takes_no_step():
+    with wrapped(BOTH) as vlm:
+        got = vlm.generate(**inputs(1, 2), max_new_tokens=1)
+        assert vlm.report["engine"]["name"] == "hf"
+        assert not vlm._engine._sessions
+        assert torch.equal(vlm.generate(**inputs(1, 2), max_new_tokens=2)[:, :-1], got)
+        assert vlm.report["engine"]["steps"] == 1
+
+
 def test_hooks_of_others_are_called_at_every_step():
     calls = []
     with wrapped("pai") as vlm:

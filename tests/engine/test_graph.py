@@ -139,7 +139,7 @@ class LongEnough(StoppingCriteria):
         return torch.tensor([ids.shape[1] >= self.length + i for i in range(len(ids))])
 
 
-@pytest.mark.parametrize("new", [1, 2, 12])
+@pytest.mark.parametrize("new", [2, 12])
 def test_sequences_end_where_the_loop_ends_them(new):
     inputs = lab.under("llava").inputs((1, 2, 0))
     plain, _ = both("greedy", inputs, max_new_tokens=12)

@@ -78,8 +78,12 @@ class Engine:
         return self.kind == "graph" or (self.kind == "auto" and parts.device.type == "cuda")
 
     def worthwhile(self, parts: Parts, new: int | None) -> bool:
-        """Whether so many new tokens are worth a captured step; None for as many as the model likes."""
-        return self.wanted(parts) and (self.kind == "graph" or new is None or new >= FEWEST)
+        """Whether so many new tokens are worth a captured step; None for as many as the model likes.
+
+        The first token comes from reading the prompt, so one token alone takes no step.
+        """
+        fewest = 2 if self.kind == "graph" else FEWEST
+        return self.wanted(parts) and (new is None or new >= fewest)
 
     def generate(
         self,
@@ -111,7 +115,7 @@ class Engine:
             reason = "it is called from within another generation"
         new = effective("max_new_tokens", kwargs, parts.model.generation_config)
         if not reason and not self.worthwhile(parts, new):
-            self.report = {"name": "hf", "reason": f"{new} new tokens are not worth capturing a step"}
+            self.report = {"name": "hf", "reason": f"max_new_tokens={new} is not worth capturing a step"}
             return run(generate)
         loop = generate
         if not reason:
