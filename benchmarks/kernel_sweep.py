@@ -120,7 +120,7 @@ def main() -> None:
     jobs = [(name, choice) for name, choices in CHOICES.items() if options.only in name for choice in choices]
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         pool.map_async(compile_one, jobs, chunksize=1).get(timeout=options.seconds)
-    results: dict[str, list[Choice]] = {}
+    found: list[dict[str, Any]] = []
     for name, choices in CHOICES.items():
         if options.only not in name:
             continue
@@ -128,12 +128,13 @@ def main() -> None:
         with torch.no_grad():
             inputs = [CASES[name].inputs() for _ in range(CASES[name].sets)]
         rows = [measure(CASES[name], choice, inputs, True) for choice in choices if time.monotonic() < end]
-        results[name] = sorted(rows, key=lambda row: row["us"] or float("inf"))
-        for row in results[name]:
+        for row in sorted(rows, key=lambda row: row["us"] or float("inf")):
             us, rest = row["us"], {k: v for k, v in row.items() if k != "us"}
             sys.stdout.write(f"{name}: {us or 0:.1f} us {json.dumps(rest)}\n")
+            found.append({"case": name, **row})
         sys.stdout.flush()
-        options.out.write_text(json.dumps(results, indent=1))
+        columns = list(dict.fromkeys(key for row in found for key in row))
+        options.out.write_text(json.dumps({"columns": columns, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "versions": versions,
         "shape": options.shape,
-        "rows": {name: {**row, "ratio": row["questions_per_second"] / base} for name, row in rows.items()},
+        "columns": ["row", "questions_per_second", "busy_percent", "ratio"],
+        "rows": [{"row": name, **row, "ratio": row["questions_per_second"] / base} for name, row in rows.items()],
     }
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     sys.stderr.write(json.dumps(report["rows"], indent=1) + "\n")
