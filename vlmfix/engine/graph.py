@@ -152,10 +152,10 @@ class Engine:
         choice = Choice(task)
         valid, positions = request.standing(prefilled.valid)
         capacity = _capacity(valid.shape[1] + task.room)
-        session, reused = self._session(parts, request, task, prefilled, positions.shape, capacity)
+        session, reused = self._session(parts, request, task, choice, prefilled, positions.shape, capacity)
         token, processed = choice.first(task, prefilled.logits)
         seconds = session.capture_seconds
-        session.start(request, task, prefilled, token)
+        session.start(request, choice, prefilled, token)
         output = Output(task, session)
         output.note(prefilled.logits, processed)
         steps = 0
@@ -181,10 +181,16 @@ class Engine:
         return output.result()
 
     def _session(
-        self, parts: Parts, request: Request, task: Task, prefilled: Prefilled, shape: torch.Size, capacity: int
+        self,
+        parts: Parts,
+        request: Request,
+        task: Task,
+        choice: Choice,
+        prefilled: Prefilled,
+        shape: torch.Size,
+        capacity: int,
     ) -> tuple[Session, bool]:
         """A session that fits, and whether it was made before."""
-        choice = Choice(task)
         ends = None if task.ends is None else tuple(task.ends.tolist())
         shapes = (len(prefilled.valid), shape, request.copies, capacity)
         weights = addresses(parts)
@@ -199,7 +205,7 @@ class Engine:
                 raise Unfit(f"a cache of {capacity} slots does not fit, {missing / 2**30:.1f} GiB are missing")
             if self._weights != weights:
                 self._forms, self._weights = forms(parts, self.compile), weights
-            session = Session(parts, request, task, prefilled, capacity, self._forms)
+            session = Session(parts, request, task, choice, prefilled, capacity, self._forms)
         self._sessions[key] = session
         return session, reused
 

@@ -30,6 +30,7 @@ class Session:
         parts: the model.
         request: state of the generation it is made for; later generations are copied into it.
         task: the call it is made for.
+        choice: of its tokens.
         prefilled: its prompt.
         capacity: slots of the cache.
         forms: of the decoder, the preferred one first; where none works it runs as it is.
@@ -40,6 +41,7 @@ class Session:
         parts: Parts,
         request: Request,
         task: Task,
+        choice: Choice,
         prefilled: Prefilled,
         capacity: int,
         forms: Sequence[Form] = (),
@@ -47,7 +49,7 @@ class Session:
         valid, positions = request.standing(prefilled.valid)
         device = valid.device
         self.parts, self.request, self._forms = parts, request, forms
-        self.choice = Choice(task)
+        self.choice = choice
         self.capacity = capacity
         self.capture_seconds = 0.0
         self.reason = ""
@@ -55,7 +57,7 @@ class Session:
         self._replay: Callable[[], None] | None = None
         self._copies = request.copies
         self._ends, self._fill = task.ends, task.fill
-        visible, count = len(prefilled.valid), self.choice.uniforms(capacity)
+        visible, count = len(prefilled.valid), choice.uniforms(capacity)
         slot = torch.zeros(1, dtype=torch.long, device=device)
         cache = SlotCache.of(prefilled.cache, capacity, slot)
         start, number = torch.zeros(len(valid), 1, dtype=torch.long, device=device), torch.zeros_like(slot[0])
@@ -81,7 +83,7 @@ class Session:
         request.layers.settle(self.capacity)
         return self.request.overwrite(request)
 
-    def start(self, request: Request, task: Task, prefilled: Prefilled, token: Tensor) -> None:
+    def start(self, request: Request, choice: Choice, prefilled: Prefilled, token: Tensor) -> None:
         """Puts a read prompt and its first token in place."""
         valid, positions = request.standing(prefilled.valid)
         frame, length = self.frame, valid.shape[1]
@@ -95,7 +97,7 @@ class Session:
         self._done.fill_(False)
         self._written.fill_(self._fill)
         if self._uniforms is not None:
-            self._uniforms.copy_(Choice(task).uniforms(self.capacity))  # type: ignore[arg-type]
+            self._uniforms.copy_(choice.uniforms(self.capacity))  # type: ignore[arg-type]
         self.take(token)
 
     def take(self, drawn: Tensor) -> None:

@@ -13,6 +13,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
 from vlmfix.errors import Refusal, UsageError
 from vlmfix.hf.attend import NAMES
+from vlmfix.hf.calls import Call
 from vlmfix.hf.families import FAMILIES, UNBRANCHED
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.settings import stop_strings_as_criteria
@@ -50,23 +51,15 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One call of generate, prepared by transformers up to its decoding loop.
+class Task(Call):
+    """A call that is searched.
 
     Args:
         tree: the model and its cache.
-        ids: [B, L] prompt ids; L = 0 for a prompt of embeddings.
-        processors: logits processors.
-        stopping: stopping criteria.
-        config: the generation config.
         settings: of the beams.
     """
 
     tree: Tree
-    ids: Tensor
-    processors: Any
-    stopping: Any
-    config: Any
     settings: Settings
 
     @property
@@ -74,14 +67,6 @@ class Task:
         """How many tokens end a sequence."""
         tokens = self.config._eos_token_tensor
         return 0 if tokens is None else len(tokens)
-
-    @property
-    def fill(self) -> int:
-        """What follows the end of a sequence that is shorter than others."""
-        for tokens in (self.config._pad_token_tensor, self.config._eos_token_tensor):
-            if tokens is not None:
-                return int(tokens.reshape(-1)[0])
-        return 0
 
     def result(
         self, sequences: Tensor, scores: Tensor, indices: Tensor, logits: list[Tensor], processed: list[Tensor]
@@ -137,7 +122,7 @@ def call(
         if generation_config.do_sample:
             raise Refusal(f"do_sample: {REFUSED['do_sample']}")
         tree = Tree(parts, model, input_ids, generation_config, rest)
-        return loop(Task(tree, input_ids, logits_processor, stopping_criteria, generation_config, settings))
+        return loop(Task(input_ids, logits_processor, stopping_criteria, generation_config, tree, settings))
 
     return generate(**kwargs, custom_generate=decoding)
 

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from vlmfix.hf.calls import Call
 from vlmfix.hf.draw import SeededDraw, inverse_cdf, uniforms
 from vlmfix.hf.evidence import FirstToken
 from vlmfix.hf.settings import stop_strings_as_criteria
@@ -43,24 +44,16 @@ class Prefilled:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One call of generate, prepared by transformers up to its decoding loop.
+class Task(Call):
+    """A call that is decoded token by token.
 
     Args:
         model: the module that generate runs.
-        ids: [B, L] prompt ids; L = 0 for a prompt of embeddings.
-        processors: logits processors.
-        stopping: stopping criteria.
-        config: the generation config.
         kwargs: the model's keywords.
         streamer: receives tokens as they come, if given.
     """
 
     model: Any
-    ids: Tensor
-    processors: Any
-    stopping: Any
-    config: Any
     kwargs: dict[str, Any]
     streamer: Any
 
@@ -84,12 +77,6 @@ class Task:
         """[n] tokens that end a sequence."""
         found = [c.eos_token_id for c in self.stopping if isinstance(c, EosTokenCriteria)]
         return found[0].to(self.ids.device).reshape(-1) if found else None
-
-    @property
-    def fill(self) -> int:
-        """What follows the end of a sequence that is shorter than others."""
-        pad = self.config._pad_token_tensor
-        return 0 if pad is None else int(pad.reshape(-1)[0])
 
     @property
     def criteria(self) -> list[Any]:
@@ -215,6 +202,6 @@ def call(generate: Callable[..., Any], loop: Callable[[Task], Any], kwargs: dict
         **rest: Any,
     ) -> Any:
         streamer = kwargs.get("streamer")  # generate keeps it from loops that are not its own
-        return loop(Task(model, input_ids, logits_processor, stopping_criteria, generation_config, rest, streamer))
+        return loop(Task(input_ids, logits_processor, stopping_criteria, generation_config, model, rest, streamer))
 
     return generate(**stop_strings_as_criteria(kwargs), custom_generate=decoding)
