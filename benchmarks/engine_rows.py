@@ -97,7 +97,10 @@ class Bench:
         answers: dict[str, Any] = {}
         begun = time.perf_counter()
         with self.opened(case) as (generate, report):
-            ran = lambda new: generate(new, next(given))  # noqa: E731
+
+            def ran(new: int) -> Any:
+                return generate(new, next(given))
+
             if self._answers(case):
                 answers = self._first_answers(ran, report, begun)
             found = self._times(case, ran, report)

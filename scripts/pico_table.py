@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import vlmfix  # noqa: E402
+import vlmfix  # noqa: E402 - the path above comes first, here and below
 
 if importlib.util.find_spec("vlmfix.eval") is None:  # a bare checkout; installed, eval/ is vlmfix.eval
     vlmfix.__path__.append(str(ROOT))

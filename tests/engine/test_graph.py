@@ -10,7 +10,6 @@ from transformers import RepetitionPenaltyLogitsProcessor, StoppingCriteria, Sto
 from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
-from vlmfix import registry
 from vlmfix.decoders import sgrs
 from vlmfix.engine import compiling, fitting, graph, sessions
 from vlmfix.errors import UsageError
@@ -316,7 +315,6 @@ def test_a_step_that_fails_while_gradients_are_on_leaves_them_off(monkeypatch):
 
 
 def test_threads_take_turns_on_a_captured_step():
-    tiny = lab.under("llava")
     prompts = [build("llava", seed=seed).inputs((1,)) for seed in (1, 2, 3)]
     with graphed("llava", "vcd(alpha=0.5,beta=0)") as vlm:
         alone = [vlm.generate(**inputs, max_new_tokens=NEW) for inputs in prompts]
@@ -330,7 +328,6 @@ def test_threads_take_turns_on_a_captured_step():
             thread.start()
         for thread in threads:
             thread.join()
-    assert tiny is lab.under("llava")
     for one, other in zip(alone, found, strict=True):
         assert torch.equal(one, other)
 
@@ -354,10 +351,6 @@ def test_auto_is_the_loop_on_a_cpu():
     with vlmfix.wrap(lab.under("llava").model, None, "pai") as vlm:
         vlm.generate(**lab.under("llava").inputs((1,)), max_new_tokens=2)
     assert vlm.report["engine"] == {"name": "hf"}
-
-
-def test_every_method_is_accounted_for():
-    assert {row.name for row in registry.ROWS} >= ELSEWHERE
 
 
 @pytest.mark.parametrize("recipe", ["greedy", "pai", "gift", "vhr", TABLE["vcd"].full, "dola(beta=0)"])
