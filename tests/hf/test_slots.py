@@ -5,8 +5,9 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 import vlmfix
+from vlmfix.engine import fitting
 from vlmfix.hf.slots import GrowingLayer, SlotCache, SlotLayer
-from vlmfix.hf.stepping import Task
+from vlmfix.hf.stepping import Prefilled, Task
 
 from ..duties import lab
 from ..families import build
@@ -75,6 +76,13 @@ def test_buffers_are_lent_where_they_fit():
     other = GrowingLayer(8, SlotLayer(torch.zeros(3, 2, 8, 4), torch.zeros(3, 2, 8, 6), slot, None))
     grown(other, 5)
     assert other.own is not None
+
+
+def test_buffers_that_are_there_need_no_more_memory(monkeypatch):
+    monkeypatch.setattr(fitting, "unused", lambda device: 0)
+    for layer, more in ((GrowingLayer(8), 0), (DynamicLayer(), 2 * 2 * 3 * (4 + 6) * 4)):
+        grown(layer, 5)
+        assert fitting.lacking(Prefilled(torch.zeros(2, 9), Holder(layer), torch.ones(2, 5)), 8) == more
 
 
 @pytest.mark.parametrize("recipe", ["greedy", "pai", "vhr", "gift", "vcd(alpha=0.5,beta=0)"])

@@ -14,6 +14,7 @@ from vlmfix.hf.families import FAMILIES
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.searching import FULL, SLIDING, layer_kinds
 from vlmfix.hf.settings import effective
+from vlmfix.hf.slots import GrowingLayer
 from vlmfix.hf.stepping import Prefilled
 
 
@@ -113,6 +114,8 @@ def lacking(prefilled: Prefilled, capacity: int) -> int:
     """
     more = 0
     for layer in prefilled.cache.layers:
+        if isinstance(layer, GrowingLayer) and layer.own is not None:
+            continue  # it lies in buffers of its own, which stay
         slots = min(capacity, getattr(layer, "sliding_window", None) or capacity)
         for tensor in (layer.keys, layer.values):
             more += tensor[:, :, :1].nbytes * (slots - tensor.shape[2])
