@@ -173,7 +173,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
-    def _made(self, *states: Tensor) -> tuple[Tensor, Tensor]:
+    def _made(self, *states: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Buffers for such keys and values; None where there is no memory for more than these."""
         shapes = [(*x.shape[:2], self.capacity, x.shape[3]) for x in states]
         if self._lent is not None:
             lent = (self._lent.keys, self._lent.values)
@@ -182,7 +183,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             if all(a == (s, x.dtype, x.device, mode) for a, s, x in zip(alike, shapes, states, strict=True)):
                 return lent
             self._lent = None
-        keys, values = (x.new_zeros(shape) for x, shape in zip(states, shapes, strict=True))
+        try:
+            keys, values = (x.new_zeros(shape) for x, shape in zip(states, shapes, strict=True))
+        except torch.OutOfMemoryError:
+            return None
         return keys, values
 
 
