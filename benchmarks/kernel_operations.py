@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from kernel_cases import DEVICE, L2, Case, Inputs, random, share_of_budget
 from torch import Tensor
 
+from benchmarks.kernel_cases import DEVICE, L2, Case, Inputs, random, share_of_budget
 from vlmfix.kernels.contrast import contrast_and_choose
 from vlmfix.kernels.dispatch import reference_only
 from vlmfix.kernels.kv_compact import kv_compact
@@ -34,9 +35,13 @@ def without_v(x: Inputs) -> list[Any]:
     return [x[name] for name in ("q", "k", "lse", "scale")]
 
 
-def doubled(x: Inputs) -> Inputs:
+def doubled(x: Any) -> Any:
     """The same inputs in float64."""
-    return {n: t.double() if torch.is_tensor(t) and t.is_floating_point() else t for n, t in x.items()}
+    if isinstance(x, dict):
+        return {name: doubled(value) for name, value in x.items()}
+    if isinstance(x, list):
+        return [doubled(value) for value in x]
+    return x.double() if torch.is_tensor(x) and x.is_floating_point() else x
 
 
 def compared(ours: Callable[..., Any], definition: Callable[..., Any], x: Inputs, rounding: torch.dtype) -> float:
@@ -56,7 +61,8 @@ def operation(
 ) -> Case:
     """A case of another operation, beside its definition in PyTorch."""
     check = partial(compared, ours, plain, rounding=torch.float32)
-    return Case(name, inputs, ours, check, moved, flops, max(1, min(16, int(L2 // moved))), {"torch": lambda x: plain})
+    sets = min(16, math.ceil(L2 / moved))
+    return Case(name, inputs, ours, check, moved, flops, sets, {"torch": lambda x: plain})
 
 
 def saliency_inputs(heads: int, n_kv: int, keys: int, count: int) -> Inputs:
@@ -84,6 +90,38 @@ def contrasted(x: Inputs, draw: bool, plain: bool) -> tuple[Tensor, Tensor]:
     kw = {"u": x["u"], "top_p": x["top_p"]} if draw else {}
     with reference_only() if plain else nullcontext():
         return contrast_and_choose(x["x"], x["y"], x["weight"], beta=x["beta"], **kw)
+
+
+def rotary_inputs(batch: int, heads: int) -> Inputs:
+    """Queries and keys of a decoding step with the angles of their positions."""
+    angle = torch.rand(batch, 1, 128, device=DEVICE) * 640
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    return {"q": random(batch, heads, 1, 128), "k": random(batch, heads, 1, 128), "cos": cos, "sin": sin}
+
+
+def rotated(x: Inputs) -> tuple[Tensor, ...]:
+    """Rotary position embedding on the kernel."""
+    from vlmfix.kernels.rotary import rotary
+
+    return tuple(rotary(**x))
+
+
+def rotated_plainly(x: Inputs) -> tuple[Tensor, ...]:
+    """Rotary position embedding by its definition, which is transformers' own."""
+    from vlmfix.kernels.rotary import reference
+
+    return tuple(reference.rotary(**x))
+
+
+def rotary_case(batch: int, heads: int) -> Case:
+    """Rotary position embedding of a decoding step."""
+    return operation(
+        f"rotary B={batch} {heads}/{heads}",
+        partial(rotary_inputs, batch, heads),
+        rotated,
+        rotated_plainly,
+        2 * batch * 128 * (4 * heads + 2),
+    )
 
 
 def saliency_case(heads: int, n_kv: int, keys: int) -> Case:
@@ -138,6 +176,8 @@ OPERATIONS = [
     contrast_case(1, 152064, False),
     contrast_case(1, 152064, True),
     contrast_case(16, 32064, True),
+    rotary_case(1, 32),
+    rotary_case(16, 32),
     operation(
         "kv compact B=8 32 heads 1024 of 4096",
         lambda: row_inputs(8, 32, 32, 1, 4096) | {"keep": torch.rand(8, 4096, device=DEVICE).argsort(1)[:, :1024]},
@@ -146,4 +186,4 @@ OPERATIONS = [
         4 * 8 * 32 * 1024 * 256,
     ),
 ]
-"""All but grouped attention."""
+"""All but grouped attention and thin products."""

@@ -1,6 +1,6 @@
-"""Times of the kernels on one GPU beside torch's flash attention and compiled FlexAttention on the same work.
+"""Times of the kernels on one GPU beside torch's on the same work: flash attention, compiled FlexAttention, cuBLAS.
 
-    python benchmarks/kernels.py --out kernels.json [--only decode] [--no-flex]
+    python -m benchmarks.kernels --out kernels.json [--only decode] [--no-flex]
 
 Each time is the median over replays of a CUDA graph that runs the operation on several sets of inputs in turn, more
 than the L2 cache holds. A case whose result is not within its error budget of the definition gets no time, and the
@@ -25,14 +25,14 @@ from typing import Any
 import torch
 import triton
 
-sys.path.insert(0, str(Path(__file__).parent))
-from kernel_cases import ATTENTION, Case
-from kernel_operations import OPERATIONS
+from benchmarks.kernel_cases import ATTENTION, Case
+from benchmarks.kernel_linears import LINEARS
+from benchmarks.kernel_operations import OPERATIONS
 
 REPLAYS = 30
 
 
-def graph_time(calls: Sequence[Callable[[], Any]]) -> dict[str, float]:
+def graph_time(calls: Sequence[Callable[[], Any]], replays: int = REPLAYS) -> dict[str, float]:
     """Microseconds per call: median, 10th and 90th percentile over replays of one graph with all calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -48,7 +48,7 @@ def graph_time(calls: Sequence[Callable[[], Any]]) -> dict[str, float]:
     for _ in range(3):
         graph.replay()
     times = []
-    for _ in range(REPLAYS):
+    for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
@@ -141,13 +141,13 @@ def main() -> int:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.kernels", *sys.argv[1:]]),
         "ceilings": limits,
         "rows": [],
     }
     copy, products = limits["bytes_per_s"] / 1e12, limits["flops_per_s"] / 1e12
     sys.stdout.write(f"{properties.name}: copy {copy:.2f} TB/s, bf16 {products:.0f} TFLOP/s\n")
-    for case in [*ATTENTION, *OPERATIONS]:
+    for case in [*ATTENTION, *OPERATIONS, *LINEARS]:
         if options.only in case.name:
             with torch.no_grad():
                 row = measure(case, limits, not options.no_flex)

@@ -63,11 +63,11 @@ def main() -> int:
             tests += ["-n", str(min(14, os.cpu_count() or 1))]
         codes["tests"] = run(tests, options.folder / "gpu_tests.log", end - time.monotonic())
     only = ["--only", options.only] if options.only else []
-    times = [*python, "benchmarks/kernels.py", "--out", str(options.folder.resolve() / "kernels.json"), *only]
+    times = [*python, "-m", "benchmarks.kernels", "--out", str(options.folder.resolve() / "kernels.json"), *only]
     times += ["--no-flex"] if options.no_flex else []
     codes["times"] = run(times, options.folder / "kernels.log", end - time.monotonic())
     if options.sweep:
-        sweep = [*python, "benchmarks/kernel_sweep.py", "--out", str(options.folder.resolve() / "sweep.json"), *only]
+        sweep = [*python, "-m", "benchmarks.kernel_sweep", "--out", str(options.folder.resolve() / "sweep.json"), *only]
         sweep += ["--jobs", str(min(14, os.cpu_count() or 1)), "--seconds", str(end - time.monotonic() - 10)]
         codes["sweep"] = run(sweep, options.folder / "sweep.log", end - time.monotonic())
     sys.stdout.write(f"exit codes: {codes}\n")
