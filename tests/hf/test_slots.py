@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicLayer
 
 import vlmfix
 from vlmfix.engine import fitting
+from vlmfix.hf import attend, slots
 from vlmfix.hf.slots import GrowingLayer, SlotCache, SlotLayer
 from vlmfix.hf.stepping import Prefilled, Task
 
 from ..duties import lab
+from ..duties.table import TABLE
 from ..families import build
 
 
@@ -102,3 +106,54 @@ def test_the_prompt_is_read_into_the_cache_of_the_step(recipe, monkeypatch):
             (session,) = vlm._engine._sessions.values()
             assert [layer.keys.data_ptr() for layer in session.frame.cache.layers] == places[-1]
     assert places[0] == places[1]
+
+
+class Clockwork(TorchDispatchMode):
+    """Names of operations that write new integers or booleans, as those do that follow from where a step stands."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and not t.is_floating_point()]
+        if any(func._schema.is_mutable or t.untyped_storage().data_ptr() not in given for t in made):
+            self.names.append(str(func))
+        return out
+
+
+def aside(kernel):
+    """A kernel whose definition, which stands in for it on a CPU, is not counted."""
+
+    def called(*args, **kwargs):
+        with _disable_current_modes():
+            return kernel(*args, **kwargs)
+
+    return called
+
+
+def clockwork(family, recipe, layers, rows):
+    """Those of one step outside the kernels."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * (layers // 2)} if family == "gemma3" else {}
+    tiny = build(family, fresh=True, text_config={"num_hidden_layers": layers, **kinds})
+    with vlmfix.wrap(tiny.model, None, recipe, engine="graph") as vlm:
+        vlm.generate(**tiny.inputs(rows), max_new_tokens=6)
+        (session,) = vlm._engine._sessions.values()
+        assert len(session.frame.cache.layers) == layers
+        assert {layer.window for layer in session.frame.cache.layers} == ({8, None} if kinds else {None})
+        with Clockwork() as mode:
+            session._advance()
+    return sorted(mode.names)
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 2)], ids=["one", "two"])
+@pytest.mark.parametrize("recipe", ["greedy", TABLE["var"].full, "pai", TABLE["vcd"].full])
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_more_layers_ask_no_more_often_where_the_step_stands(family, recipe, rows, monkeypatch):
+    for module, name in ((attend, "grouped_attention"), (slots, "kv_write")):
+        monkeypatch.setattr(module, name, aside(getattr(module, name)))
+    few, many = (clockwork(family, recipe, layers, rows) for layers in (2, 6))
+    assert few == many
+    assert few

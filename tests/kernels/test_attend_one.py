@@ -30,7 +30,7 @@ def test_gradients(place, dtype, sinks):
     leaves = [x.detach().double().requires_grad_() for x in (query, *fed)]
     key, value = (x.double().index_copy(2, slot, own) for x, own in zip((keys, values), leaves[1:], strict=True))
     z = leaves[0] @ key.repeat_interleave(2, 1).mT * size**-0.5
-    z = z.masked_fill(~frame.seen(0).mask(), float("-inf"))
+    z = z.masked_fill(~frame.seen(0).mask, float("-inf"))
     if extra is not None:
         z = torch.cat([z, extra.double()[None, :, None, None].expand(batch, -1, 1, 1)], -1)
     exact = z.softmax(-1)[..., :capacity] @ value.repeat_interleave(2, 1)

@@ -223,7 +223,7 @@ def _attend_slots(
     if layer in frame.plans:
         plans, packed = frame.plans[layer]
     else:
-        mask, packed = seen.mask() if request.watches(layer) else None, None
+        mask, packed = seen.mask if request.watches(layer) else None, None
         plans, _ = request.visit(layer, Look(query, key, value, mask, scale, frame.slot, how, seen.k_pos))
     out = grouped_attention(
         query,
@@ -249,7 +249,7 @@ def _attend_traced(
     seen = frame.seen(layer)
     cached: SlotLayer = frame.cache.layers[layer]
     key, value, fed = cached.keys, cached.values, cached.fed
-    look = Look(query, key, value, seen.mask(), scale, frame.slot, how, seen.k_pos)
+    look = Look(query, key, value, seen.mask, scale, frame.slot, how, seen.k_pos)
     plans, _ = request.visit(layer, look)
     if fed is None or plans or how["softcap"] or not seen.consecutive:
         key, value = cached.traced()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,16 +27,24 @@ class Seen:
         low: [B, 1].
         high: [B, 1].
         consecutive: whether k_pos counts up by one.
+        at: [1] where among them the query's own key is.
     """
 
     k_pos: Tensor
     low: Tensor
     high: Tensor
     consecutive: bool
+    at: Tensor
 
+    @cached_property
     def mask(self) -> Tensor:
         """[B, 1, 1, K] bool."""
         return ((self.k_pos >= self.low) & (self.k_pos < self.high))[:, None, None]
+
+    @cached_property
+    def own(self) -> Tensor:
+        """[B] slot of the query."""
+        return (self.high - 1)[:, 0]
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -47,6 +56,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         slot: [1] int64 slot of the token that is written next, moved by the engine.
         window: keys that a query sees, its own among them; the buffer is then a ring of so many. None for all.
         fed: key and value of the token that was written last, where gradients run through them; `Tracer` drops them.
+        at: [1] where that token is written; a window's is set by `Frame.begin`.
     """
 
     is_compileable = True
@@ -55,6 +65,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, keys: Tensor, values: Tensor, slot: Tensor, window: int | None) -> None:
         super().__init__()
         self.keys, self.values, self.slot, self.window = keys, values, slot, window
+        self.at = slot
+        self._places = torch.arange(self.capacity, device=slot.device)
         self.is_sliding = window is not None
         self.is_initialized = True
 
@@ -71,18 +83,14 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if torch.is_grad_enabled() and key_states.requires_grad:
             self.fed = key_states, value_states
             key_states, value_states = key_states.detach(), value_states.detach()
-        kv_write(self.keys, self.values, key_states, value_states, self._at)
+        kv_write(self.keys, self.values, key_states, value_states, self.at)
         return self.keys, self.values
-
-    @property
-    def _at(self) -> Tensor:
-        return self.slot if self.window is None else self.slot % self.window
 
     def traced(self) -> tuple[Tensor, Tensor]:
         """Copies of the buffers, in which gradients run through the token that was written last."""
         assert self.fed is not None
         key, value = self.fed
-        return self.keys.index_copy(2, self._at, key), self.values.index_copy(2, self._at, value)
+        return self.keys.index_copy(2, self.at, key), self.values.index_copy(2, self.at, value)
 
     def take(self, layer: Any, length: int) -> None:
         """Takes over a growing layer, which holds the last of the first `length` slots and is empty afterwards."""
@@ -107,12 +115,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         Args:
             start: [B, 1] first slot that is no padding.
         """
-        own = torch.arange(self.capacity, device=self.slot.device)
-        high = torch.zeros_like(start) + (self.slot + 1)
+        high = (self.slot + 1).expand_as(start).contiguous()
         if self.window is None:
-            return Seen(own, start, high, True)
-        slots = self.slot - (self.slot - own) % self.window
-        return Seen(torch.where(slots < 0, NEVER, slots), torch.maximum(start, high - self.window), high, False)
+            return Seen(self._places, start, high, True, self.slot)
+        slots = self.slot - (self.slot - self._places) % self.window
+        k_pos, low = torch.where(slots < 0, NEVER, slots), torch.maximum(start, high - self.window)
+        return Seen(k_pos, low, high, False, self.slot % self.window)
 
     def get_seq_length(self) -> Any:
         """Slots written so far, as a tensor []."""
@@ -256,6 +264,7 @@ class Frame:
         never = torch.full_like(start[:, 0], NEVER)
         self.nothing = Plan(torch.zeros(len(start), 1, dtype=torch.uint8, device=start.device), 1, never)
         self.plans: dict[int, tuple[tuple[Plan, ...], Packed | None]] = {}
+        self._kinds: dict[int | None, SlotLayer] = {layer.window: layer for layer in reversed(cache.layers)}
         self._seen: dict[int | None, Seen] = {}
 
     def prepare(self, plans: Mapping[int, tuple[Plan, ...]], heads: Mapping[int, int]) -> None:
@@ -271,8 +280,9 @@ class Frame:
 
     def begin(self) -> None:
         """A step begins: what is seen is worked out once for all layers of one kind."""
-        layers: Sequence[SlotLayer] = self.cache.layers
-        self._seen = {layer.window: layer.seen(self.start) for layer in reversed(layers)}
+        self._seen = {window: layer.seen(self.start) for window, layer in self._kinds.items()}
+        for layer in self.cache.layers:
+            layer.at = self._seen[layer.window].at
 
     @property
     def answer(self) -> Tensor:

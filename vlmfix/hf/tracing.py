@@ -49,10 +49,8 @@ def attend_one(
         out = grouped_attention(
             query, key, value, (plan,), None, scale, frame.slot, seen.k_pos, spans=(seen.low, seen.high), **rest
         )
-    start = seen.low[:, 0]
-    own = torch.zeros_like(start) + frame.slot
-    lse = found["lse"][:, :, 0]
-    traced: Tensor = _Row.apply(query, *fed, out, key, value, lse, own, start, scale)  # type: ignore[no-untyped-call]
+    lse, start = found["lse"][:, :, 0], seen.low[:, 0]
+    traced: Tensor = _Row.apply(query, *fed, out, key, value, lse, seen.own, start, scale)  # type: ignore[no-untyped-call]
     return traced
 
 
