@@ -1,10 +1,12 @@
-"""Norms and gated layers are replaced where they are what they seem, and only for a while."""
+"""Layers are replaced where they are what they seem, and only for a while."""
+
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 
-from vlmfix.hf import hooks
+from vlmfix.hf import fusing, hooks
 from vlmfix.hf.fusing import Fused
 
 from ..families import build
@@ -16,14 +18,22 @@ def fused(family):
         return parts, Fused(parts)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3", "internvl", "mistral3"])
-def test_all_norms_and_gated_layers_of_a_decoder_are_found(family):
+FAMILIES = ["llava", "qwen2_5_vl", "idefics3", "internvl", "mistral3"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_layers_of_a_decoder_are_found(family):
     parts, found = fused(family)
     names = [type(module).__name__ for module in found.forwards]
     assert sum("Norm" in name for name in names) == 2 * parts.depth + 1
     assert sum("MLP" in name for name in names) == parts.depth
+    assert sum("Attention" in name for name in names) == parts.depth
+    assert names.count("Linear") == 7 * parts.depth
+    assert not found.products.keys() & found.others.keys()
     x = torch.randn(2, 1, parts.hidden_size)
     for module in found.forwards:
+        if "Attention" in type(module).__name__ or getattr(module, "in_features", len(x[0, 0])) != len(x[0, 0]):
+            continue
         plain = module(x)
         with found.applied():
             torch.testing.assert_close(module(x), plain)
@@ -31,13 +41,103 @@ def test_all_norms_and_gated_layers_of_a_decoder_are_found(family):
         assert "forward" not in vars(module)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoder_gives_the_same(family, monkeypatch):
+    tiny = build(family, fresh=True)
+    counts = Counter()
+
+    def counting(name):
+        plain = getattr(fusing, name)
+        monkeypatch.setattr(fusing, name, lambda *args: (counts.update([name]), plain(*args))[1])
+
+    with hooks.installed(tiny.model) as parts:
+        found = Fused(parts)
+        x = torch.randn(2, 3, parts.hidden_size)
+        want = parts.decoder(inputs_embeds=x).last_hidden_state
+        for name in ("linears", "gated_linear", "rms_norm", "rotary"):
+            counting(name)
+        with found.applied():
+            got = parts.decoder(inputs_embeds=x).last_hidden_state
+    torch.testing.assert_close(got, want)
+    # projections in one, the output, the gated layer's last
+    assert counts == {
+        "linears": 3 * parts.depth,
+        "gated_linear": parts.depth,
+        "rms_norm": 2 * parts.depth + 1,
+        "rotary": parts.depth,
+    }
+
+
+def test_products_alone():
+    parts, found = fused("llava")
+    with found.applied(products=True):
+        changed = {module for module in parts.decoder.modules() if "forward" in vars(module)}
+    assert changed == set(found.products)
+
+
 def test_what_only_looks_like_one_is_left_alone():
     parts, found = fused("gemma3")  # its norms scale by one plus the weight, its gate is gelu
     assert not any("MLP" in type(module).__name__ for module in found.forwards)
     for norm in parts.decoder.modules():
-        if norm in found.forwards:
+        if norm in found.others and hasattr(norm, "weight"):
             x = torch.randn(1, 1, norm.weight.shape[0])
             assert torch.allclose(norm(x), found.forwards[norm](x), atol=1e-5)
+
+
+def test_another_rotary_embedding_is_left_alone(monkeypatch):
+    def interleaved(q, k, cos, sin, unsqueeze_dim=1):
+        def turned(x):
+            return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return q * cos + turned(q) * sin, k * cos + turned(k) * sin
+
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(modeling_llama, fusing.ROTARY, interleaved)
+    parts, found = fused("llava")
+    assert not any("Attention" in type(module).__name__ for module in found.forwards)
+    assert len(found.products) == 8 * parts.depth
+
+
+def test_projections_with_different_inputs_run_one_by_one():
+    parts, found = fused("llava")
+    attention = parts.blocks[0].self_attn
+    x, y = (torch.randn(1, 1, parts.hidden_size) for _ in range(2))
+    want = [attention.q_proj(x), attention.k_proj(y), attention.v_proj(y), attention.q_proj(y)]
+    with found.applied():
+        got = [attention.q_proj(x), attention.k_proj(y), attention.v_proj(y), attention.q_proj(y)]
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_changed_weights_count():
+    parts, found = fused("llava")
+    layer, x = parts.blocks[0].self_attn.q_proj, torch.randn(1, 1, parts.hidden_size)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    want = layer(x)
+    with found.applied():
+        torch.testing.assert_close(layer(x), want)
+
+
+def test_layers_that_are_more_than_products_run_as_they_are():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    model = build("llava", fresh=True).model
+    with hooks.installed(model) as parts:
+        attention, mlp = parts.blocks[0].self_attn, parts.blocks[0].mlp
+        attention.k_proj.__class__ = Scaled
+        mlp.up_proj.__class__ = Scaled
+        found = Fused(parts)
+        assert not {attention.k_proj, mlp.up_proj} & set(found.products)
+        assert {attention.q_proj, mlp.gate_proj} <= set(found.products)
+        x = torch.randn(1, 2, parts.hidden_size)
+        want = parts.decoder(inputs_embeds=x).last_hidden_state
+        with found.applied():
+            torch.testing.assert_close(parts.decoder(inputs_embeds=x).last_hidden_state, want)
 
 
 def test_modules_with_hooks_of_others_stay():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vlmfix.engine.compiling import Blocks
@@ -41,5 +41,15 @@ def forms(parts: Parts, compile: bool) -> tuple[Form, ...]:
         parts: the model.
         compile: whether its blocks may be compiled.
     """
-    fused = Form("fused", Fused(parts).applied, uncaptured=False)
-    return (Form(COMPILED, Blocks(parts).compiled, gradients=False), fused) if compile else (fused,)
+    fused = Fused(parts)
+    eager = Form("fused", fused.applied, uncaptured=False)
+    if not compile:
+        return (eager,)
+    blocks = Blocks(parts)
+
+    @contextlib.contextmanager
+    def compiled() -> Iterator[None]:
+        with fused.applied(products=True), blocks.compiled():
+            yield
+
+    return Form(COMPILED, compiled, gradients=False), eager

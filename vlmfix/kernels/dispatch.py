@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
@@ -23,17 +22,20 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 launches: Counter[str] = Counter()
 """Kernel launches by name: the proof that a test or benchmark ran the Triton form."""
 
-_forced: ContextVar[bool] = ContextVar("vlmfix_reference_only", default=False)
+_forced = False
+
+_INSTALLED = find_spec("triton") is not None
 
 
 @contextmanager
 def reference_only() -> Iterator[None]:
-    """Within the block every operation runs in its PyTorch form."""
-    token = _forced.set(True)
+    """Within the block every operation runs in its PyTorch form, in all threads."""
+    global _forced  # compilers guard on a global, and see no context variable
+    before, _forced = _forced, True
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def use_triton(*tensors: Tensor) -> bool:
@@ -42,13 +44,12 @@ def use_triton(*tensors: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):  # kernels have no backward
         return False
-    return has_triton() and not _forced.get()
+    return has_triton() and not _forced
 
 
-@cache
 def has_triton() -> bool:
     """Whether Triton is installed."""
-    return find_spec("triton") is not None
+    return _INSTALLED
 
 
 @cache

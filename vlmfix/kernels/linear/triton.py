@@ -1,0 +1,196 @@
+"""Products of a few rows with weight matrices, which are read once at the speed of the memory.
+
+Programs take a few output features each and hold the rows of x padded to what the tensor cores multiply; with so few
+rows the time is that of reading the weights, so layers of one input share a launch and keep the memory busy.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlmfix.kernels.dispatch import INTERPRETED, ceil_div, launches, must_cast, operation
+
+
+class Launch(NamedTuple):
+    """Launch configuration.
+
+    Args:
+        rows: of x, padded.
+        block_n: output features of a program.
+        block_k: input features that it reads at once.
+        warps: of a program.
+        stages: of its loop.
+    """
+
+    rows: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@cache
+def launch(n: int, m: int, gated: bool) -> Launch:
+    """The configuration that was found fastest, see benchmarks/NOTES.md.
+
+    Args:
+        n: output features of all layers together.
+        m: rows of x.
+        gated: whether two layers are multiplied.
+    """
+    rows = 16 if m <= 16 else 32
+    if INTERPRETED:
+        return Launch(rows, 32, 64, 1, 1)
+    if rows == 32 or (n <= 8192 and not gated):
+        return Launch(rows, 64, 128, 4, 3 if gated else 5)
+    return Launch(rows, 32, 128, 2, 3 if gated else 5)
+
+
+@triton.jit
+def _product(
+    X, Weight, n, N, M, K,
+    MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """[BN, MP] float32 products of output features n with all rows."""
+    k = tl.arange(0, BK)
+    m = tl.arange(0, MP)
+    out = tl.zeros([BN, MP], tl.float32)
+    start = Weight + n[:, None].to(tl.int64) * K
+    for at in range(0, K, BK):
+        here = at + k
+        weight = tl.load(start + here[None, :], mask=(n < N)[:, None] & (here < K)[None, :], other=0.0)
+        x = tl.load(X + m[None, :] * K + here[:, None], mask=(here < K)[:, None] & (m < M)[None, :], other=0.0)
+        if CAST:
+            weight = weight.to(tl.float32)
+            x = x.to(tl.float32)
+        out = tl.dot(weight, x, out)
+    return out
+
+
+@triton.jit
+def _linears(
+    X, W0, W1, W2, B0, B1, B2, Out, M, K, N0, N1, N2, total, BIAS: tl.constexpr,
+    MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """One program: BN output features of one of up to three layers, whose results lie side by side."""
+    program = tl.program_id(0)
+    blocks0 = tl.cdiv(N0, BN)
+    blocks1 = tl.cdiv(N1, BN)
+    if program < blocks0:
+        block, weight, bias, features, first = program, W0, B0, N0, 0
+    elif program < blocks0 + blocks1:
+        block, weight, bias, features, first = program - blocks0, W1, B1, N1, N0
+    else:
+        block, weight, bias, features, first = program - blocks0 - blocks1, W2, B2, N2, N0 + N1
+    n = block * BN + tl.arange(0, BN)
+    m = tl.arange(0, MP)
+    out = _product(X, weight, n, features, M, K, MP, BN, BK, CAST)
+    if BIAS:
+        out += tl.load(bias + n, mask=n < features, other=0.0).to(tl.float32)[:, None]
+    inside = (n < features)[:, None] & (m < M)[None, :]
+    tl.store(Out + m[None, :] * total + first + n[:, None], out.to(Out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated(
+    X, Gate, Up, Out, M, K, N,
+    MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """One program: BN features of silu(x gate^T) * (x up^T), rounded where separate operations round."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    m = tl.arange(0, MP)
+    gate = tl.zeros([BN, MP], tl.float32)
+    up = tl.zeros([BN, MP], tl.float32)
+    row = n[:, None].to(tl.int64) * K
+    for at in range(0, K, BK):
+        here = at + k
+        inside = (n < N)[:, None] & (here < K)[None, :]
+        x = tl.load(X + m[None, :] * K + here[:, None], mask=(here < K)[:, None] & (m < M)[None, :], other=0.0)
+        g = tl.load(Gate + row + here[None, :], mask=inside, other=0.0)
+        u = tl.load(Up + row + here[None, :], mask=inside, other=0.0)
+        if CAST:
+            x = x.to(tl.float32)
+            g = g.to(tl.float32)
+            u = u.to(tl.float32)
+        gate = tl.dot(g, x, gate)
+        up = tl.dot(u, x, up)
+    kind = Out.dtype.element_ty
+    gate = gate.to(kind).to(tl.float32)
+    up = up.to(kind).to(tl.float32)
+    out = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * up
+    tl.store(Out + m[None, :] * N + n[:, None], out.to(kind), mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+def _settings(config: Launch, dtype: torch.dtype) -> dict[str, int]:
+    return {
+        "MP": config.rows,
+        "BN": config.block_n,
+        "BK": config.block_k,
+        "CAST": must_cast(dtype),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+@operation("linears")
+def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], config: list[int] | None = None) -> Tensor:
+    """Results of up to three layers side by side.
+
+    Args:
+        x: [M, D] contiguous, of few rows and 2 bytes an element.
+        weights: [N_i, D] each, contiguous and of x's dtype.
+        biases: [N_i] each, or an empty list for none.
+        config: a `Launch`, if not the usual one.
+
+    Returns:
+        [M, sum of N_i].
+    """
+    m, k = x.shape
+    sizes = [len(weight) for weight in weights]
+    out = x.new_empty(m, sum(sizes))
+    chosen = Launch(*config) if config else launch(sum(sizes), m, False)
+    missing = 3 - len(weights)
+    launches["linears"] += 1
+    _linears[(sum(ceil_div(size, chosen.block_n) for size in sizes),)](
+        x, *weights, *[weights[0]] * missing, *(biases or [x] * 3), *([biases[0]] * missing if biases else ()),
+        out, m, k, *sizes, *[0] * missing, sum(sizes), BIAS=bool(biases), **_settings(chosen, x.dtype),
+    )  # fmt: skip
+    return out
+
+
+@linears.register_fake  # type: ignore[untyped-decorator]
+def _(x: Tensor, weights: list[Tensor], biases: list[Tensor], config: list[int] | None = None) -> Tensor:
+    return x.new_empty(len(x), sum(len(weight) for weight in weights))
+
+
+@operation("gated_linear")
+def gated_linear(x: Tensor, gate: Tensor, up: Tensor, config: list[int] | None = None) -> Tensor:
+    """As `reference.gated_linear`.
+
+    Args:
+        x: [M, D] contiguous, of few rows and 2 bytes an element.
+        gate: [N, D] contiguous and of x's dtype.
+        up: [N, D] likewise.
+        config: a `Launch`, if not the usual one.
+
+    Returns:
+        [M, N].
+    """
+    (m, k), n = x.shape, len(gate)
+    out = x.new_empty(m, n)
+    chosen = Launch(*config) if config else launch(n, m, True)
+    launches["gated_linear"] += 1
+    _gated[(ceil_div(n, chosen.block_n),)](x, gate, up, out, m, k, n, **_settings(chosen, x.dtype))
+    return out
+
+
+@gated_linear.register_fake  # type: ignore[untyped-decorator]
+def _(x: Tensor, gate: Tensor, up: Tensor, config: list[int] | None = None) -> Tensor:
+    return x.new_empty(len(x), len(gate))
