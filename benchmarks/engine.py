@@ -1,19 +1,33 @@
 """Decoding under both engines beside transformers' own ways, on one device, random weights.
 
-    python -m benchmarks.engine --shape llava-7b --answers 1 10 --seconds 500 --out engine.json     # one GPU
-    python -m benchmarks.engine --shape llava-7b --have engine.json --seconds 500 --out engine.json # goes on from there
+    python -m benchmarks.engine --shape llava-7b --seconds 250 --out engine.json                    # one GPU
+    python -m benchmarks.engine --shape llava-7b --have engine.json --seconds 250 --out engine.json # goes on from there
+    python -m benchmarks.engine --shape llava-7b --prompt 640 --batch 1 --engines graph --answers 1 10 100 \\
+        --rows "static|compile greedy" --out answers.json                                           # first answers
     python -m benchmarks.engine --shape cpu --out engine.json                                       # engine hf, CPU
 
 Rows come in an order in which what matters most is first, and the file is written after each; a row that fails is
 recorded with its message. Only time and memory are measured. Every call sees other pictures.
 
-ms_per_token: (t(long) - t(short)) / (long - short), the best of `--repeats` each. prefill_ms: t(short) less its tokens.
-peak_gib: the most memory allocated, capture included. of_plain, of_sdpa, of_static, of_two_forwards: multiples of the
-plain row of the same cell and engine (of transformers' 5 beams for opera), of transformers' sdpa, of its compiled
-static cache, of two sequential forwards. of_floor: of the time that reading the weights takes at the copy bandwidth
-measured in the same run; of_bytes: with the keys and values of all rows; of_plain_and_bytes: of_plain over what it
-would be if time were proportional to those bytes. Seconds to the first answers (100 tokens each, batch 1) count from
-before the model is wrapped, with capture and compilation, in a process whose compilation caches start out empty.
+ms_per_token: (t(long) - t(short)) / (long - short), the best of up to `--repeats` each, fewer where they take over 3
+seconds. `new` says how long they are: `--new` where steps are captured or compiled, half as far apart elsewhere, where
+a step takes several times as long. prefill_ms: t(short) less its tokens. peak_gib: the most memory allocated, capture
+included. of_plain, of_sdpa, of_static, of_two_forwards: multiples of the plain row of the same cell and engine (of
+transformers' 5 beams for opera), of transformers' sdpa, of its compiled static cache, of two sequential forwards.
+
+A host that others use too drifts by a few percent within minutes, more than some methods cost. So the plain row of an
+engine is measured again after every six of its rows and after the last one, and a row is compared with the mean of the
+two measurements next to it in time, one before and one after; the best plain row of a run would make whatever was
+measured in a slower minute look costly. The ratios of a plain row itself, to its own neighbours, show the drift. Rows
+without a partner in their run compare with another run's and say so in `of_other_runs`.
+
+of_floor: of the time that reading the weights takes at the copy bandwidth measured in the same run; of_bytes: with the
+keys and values of all rows; of_plain_and_bytes: of_plain over what it would be if time were proportional to those
+bytes.
+
+Seconds to the first answers (100 tokens each, batch 1) count from before the model is wrapped, with capture and
+compilation, in a process whose compilation caches start out empty; a row stops once the next number does not fit in
+`--answer-seconds` at its pace, seconds_per_answer, which leaves the first one out.
 """
 
 from __future__ import annotations
@@ -34,7 +48,7 @@ from typing import Any
 import torch
 
 import vlmfix
-from benchmarks.engine_cases import COLUMNS, Case, derive, left_out, order, prompts_of
+from benchmarks.engine_cases import COLUMNS, Case, derive, interleaved, left_out, order, prompts_of
 from benchmarks.engine_rows import Bench
 from benchmarks.shapes import SHAPES, token_bytes, weight_bytes
 from benchmarks.timing import about
@@ -57,7 +71,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def chosen(options: argparse.Namespace, have: dict[str, Any], gpu: bool) -> list[Case]:
-    """The rows to measure: those asked for and not there yet, and the plain rows that they compare with."""
+    """The rows to measure: those asked for and not there yet, among the plain ones that they compare with."""
 
     def key(row: dict[str, Any]) -> tuple[int, int, str]:
         return row["prompt"], row["batch"], row["row"]
@@ -72,7 +86,8 @@ def chosen(options: argparse.Namespace, have: dict[str, Any], gpu: bool) -> list
     ]
     left = [case for case in asked if (case.prompt, case.batch, case.row) not in done]
     cells = {(case.prompt, case.batch) for case in left if not case.plain}
-    return [case for case in asked if case in left or (case.plain and (case.prompt, case.batch) in cells)]
+    todo = [case for case in asked if case in left or (case.plain and (case.prompt, case.batch) in cells)]
+    return interleaved(todo, SHAPES[options.shape].prompts[0])
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
@@ -85,15 +100,18 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=["graph", "hf"], help="both on a GPU, hf elsewhere, by default")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further row after this time")
     parser.add_argument("--row-seconds", type=float, default=150, help="give a row up after this time")
-    parser.add_argument("--new", type=int, nargs=2, default=[4, 32], help="tokens of a short and a long generation")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--new", type=int, nargs=2, default=[8, 72], help="tokens of a short and a long generation")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--answers", type=int, nargs="+", default=[], help="seconds to these numbers of answers")
-    parser.add_argument("--answer-seconds", type=float, default=40, help="time for the answers of a row")
+    parser.add_argument("--answer-seconds", type=float, default=90, help="time for the answers of a row")
     parser.add_argument("--answer-tokens", type=int, default=100)
     parser.add_argument("--have", type=Path, help="results to go on from")
     parser.add_argument("--list", action="store_true", help="show the rows in their order and stop")
     parser.add_argument("--out", type=Path, default=Path("engine.json"))
-    return parser.parse_args(given)
+    options = parser.parse_args(given)
+    if not 1 <= options.new[0] <= options.new[1] - 2:
+        parser.error(f"--new {options.new[0]} {options.new[1]}: the long one has to be longer by two tokens or more")
+    return options
 
 
 def main(given: list[str] | None = None) -> int:
@@ -140,7 +158,7 @@ def main(given: list[str] | None = None) -> int:
 
 def measured(bench: Bench, case: Case, report: dict[str, Any]) -> bool:
     """Adds a row to the report; whether the device still answers."""
-    lengths, new = prompts_of(case, SHAPES[bench.name].visual), sum(bench.options.new) / 2
+    lengths, new = prompts_of(case, SHAPES[bench.name].visual), sum(bench.new(case)) / 2
     row: dict[str, Any] = {
         "row": case.row,
         "method": case.name,

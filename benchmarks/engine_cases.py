@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from benchmarks.shapes import Shape
@@ -24,7 +26,10 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
 """Row -> attention function and keywords of transformers' own generate."""
 
 AGAIN = ", again"
-"""Behind the name of a plain row that is measured a second time: the better one counts."""
+"""Behind the name of a plain row that is measured once more, with a number from the second time on."""
+
+EVERY = 6
+"""Rows of an engine between two measurements of its plain one."""
 
 GOING_BACK = "opera, going back"
 SETTINGS = {
@@ -61,20 +66,20 @@ class Case:
         batch: size.
         name: method, or one of `BASELINES` and `TWO`.
         engine: transformers, hf, graph, or graph+compile.
-        again: the second measurement of a plain row.
+        again: how often a plain row was measured before.
     """
 
     prompt: int
     batch: int
     name: str
     engine: str = "transformers"
-    again: bool = False
+    again: int = 0
 
     @property
     def row(self) -> str:
         """Its name in results."""
         own = self.name if self.engine == "transformers" else f"{self.engine} {self.name}"
-        return own + AGAIN * self.again
+        return own + AGAIN * bool(self.again) + f" {self.again}" * (self.again > 1)
 
     @property
     def recipe(self) -> str:
@@ -122,9 +127,7 @@ def order(shape: Shape, engines: Sequence[str], gpu: bool) -> list[Case]:
 
     def last(batch: int) -> list[Case]:
         searching = [Case(usual, batch, name, "hf") for name in ("opera", GOING_BACK)]
-        plain = [*others(SDPA, batch=batch), *ours(["greedy"], batch=batch)]
-        again = [replace(case, again=True) for case in plain]
-        return [*ours(["sgrs"], batch=batch), *others(BEAMS, batch=batch), *searching, *again]
+        return [*ours(["sgrs"], batch=batch), *others(BEAMS, batch=batch), *searching]
 
     out = [*others(SDPA), *ours(["greedy"]), *others(STATIC), *ours(FIRST), *others(TWO), *compiled(LONG)]
     out += [*others(EAGER, WEIGHTS), *ours(rest, only="graph"), *last(one)]
@@ -139,6 +142,32 @@ def order(shape: Shape, engines: Sequence[str], gpu: bool) -> list[Case]:
     for prompt in longer:
         out += [case for batch in larger for case in main(prompt, batch)]
     return [*out, *compiled((*FIRST[2:], *rest))]
+
+
+def interleaved(cases: Sequence[Case], usual: int) -> list[Case]:
+    """The rows, and between them plain ones again: after every `EVERY` rows of an engine in a cell and after its last.
+
+    Args:
+        cases: rows in their order.
+        usual: prompt length whose cells get them; the few rows of longer prompts follow the plain ones closely.
+    """
+    out: list[Case] = []
+    plain: dict[tuple[int, int, str], Case] = {}
+    left = Counter((case.prompt, case.batch, case.engine) for case in cases if not case.plain)
+    since: Counter[tuple[int, int, str]] = Counter()
+    for case in cases:
+        key = case.prompt, case.batch, case.engine
+        out.append(case)
+        if case.plain:
+            plain[key] = case
+            continue
+        left[key] -= 1
+        since[key] += 1
+        if key in plain and case.prompt == usual and (since[key] == EVERY or not left[key]):
+            plain[key] = replace(plain[key], again=plain[key].again + 1)
+            since[key] = 0
+            out.append(plain[key])
+    return out
 
 
 def prompts_of(case: Case, visual: int) -> list[int]:
@@ -157,7 +186,7 @@ def prompts_of(case: Case, visual: int) -> list[int]:
 
 
 def derive(report: dict[str, Any]) -> None:
-    """Fills in every ratio and bound; rows compare with rows of the same run where it has them.
+    """Fills in every ratio and bound; a row compares with the mean of what `_compared` finds.
 
     Args:
         report: `runs` with copy bandwidths and weight bytes, `rows` with measurements; `of_*` are multiples.
@@ -173,17 +202,16 @@ def derive(report: dict[str, Any]) -> None:
         row["of_floor"] = row["ms_per_token"] / (1e3 * floor)
         row["of_bytes"] = row["ms_per_token"] / (1e3 * step)
         names = {"of_sdpa": SDPA, "of_plain": _plain_of(row), "of_static": STATIC, "of_two_forwards": TWO}
-        found = {name: _reference(rows, row, other) for name, other in names.items()}
-        known = {name: other for name, other in found.items() if other is not None}
-        row["of_other_runs"] = [name for name, other in known.items() if other["run"] != row["run"]]
-        row |= {name: row["ms_per_token"] / other["ms_per_token"] for name, other in known.items()}
-        sdpa, plain = found["of_sdpa"], found["of_plain"]
-        if plain is not None:
-            grows = (weights + row["key_bytes"]) / (weights + plain["key_bytes"])
+        found = {name: _compared(rows, row, other) for name, other in names.items()}
+        known = {name: others for name, others in found.items() if others}
+        row["of_other_runs"] = [name for name, others in known.items() if others[0]["run"] != row["run"]]
+        row |= {name: _ratio(row, others, "ms_per_token") for name, others in known.items()}
+        if plain := found["of_plain"]:
+            grows = (weights + row["key_bytes"]) / (weights + plain[0]["key_bytes"])
             row["of_plain_and_bytes"] = row["of_plain"] / grows
-            row["prefill_of_plain"] = row["prefill_ms"] / plain["prefill_ms"]
-        if sdpa is not None and "peak_gib" in row:
-            row["memory_of_sdpa"] = row["peak_gib"] / sdpa["peak_gib"]
+            row["prefill_of_plain"] = _ratio(row, plain, "prefill_ms")
+        if found["of_sdpa"] and "peak_gib" in row:
+            row["memory_of_sdpa"] = _ratio(row, found["of_sdpa"], "peak_gib")
         row["targets"] = bounds(row, report["runs"][0]["usual_prompt"])
 
 
@@ -193,13 +221,25 @@ def _plain_of(row: dict[str, Any]) -> str:
     return SDPA if row["engine"] == "transformers" else f"{row['engine']} greedy"
 
 
-def _reference(rows: Sequence[dict[str, Any]], row: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The better measurement of a row of the same cell, of the same run if it has one, else of the same device."""
-    cell = (row["prompt"], row["batch"])
-    found = [r for r in rows if r["row"].removesuffix(AGAIN) == name and (r["prompt"], r["batch"]) == cell]
-    found = [r for r in found if "ms_per_token" in r and r["device"] == row["device"]]
-    found = [r for r in found if r["run"] == row["run"]] or found
-    return min(found, key=lambda r: r["ms_per_token"], default=None)
+def _compared(rows: Sequence[dict[str, Any]], row: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Measurements of `name` that a row of the same cell and device compares with.
+
+    In its run the nearest before it and the nearest after it; the row itself if its run has no other; where the run
+    has none, all of the latest run that has.
+    """
+    cell = (row["prompt"], row["batch"], row["device"])
+    found = [r for r in rows if r["row"].partition(AGAIN)[0] == name and "ms_per_token" in r]
+    found = [r for r in found if (r["prompt"], r["batch"], r["device"]) == cell]
+    place = {id(r): number for number, r in enumerate(rows)}  # rows stand in the order they were measured in
+    own = [r for r in found if r["run"] == row["run"]]
+    before = [r for r in own if place[id(r)] < place[id(row)]]
+    after = [r for r in own if place[id(r)] > place[id(row)]]
+    latest = max((r["run"] for r in found), default=None)
+    return [*before[-1:], *after[:1]] or own or [r for r in found if r["run"] == latest]
+
+
+def _ratio(row: dict[str, Any], others: Sequence[dict[str, Any]], figure: str) -> float:
+    return float(row[figure] / fmean(other[figure] for other in others))
 
 
 def bounds(row: dict[str, Any], usual: int) -> dict[str, str]:

@@ -19,8 +19,11 @@ from benchmarks.engine_cases import BASELINES, STATIC, TWO, Case
 from benchmarks.shapes import SHAPES, build, prompt
 from benchmarks.timing import clock, copy_rate, two_forwards, wait
 
-SLOW = 20.0
-"""A row whose first call takes this many seconds is timed once only."""
+SLOW = 3.0
+"""A row whose timed calls took this many seconds is not repeated."""
+
+PACE = 10
+"""Answers from which it is told how many more fit in the time."""
 
 Run = Callable[[int, dict[str, Any]], Any]
 
@@ -123,20 +126,35 @@ class Bench:
 
     def _first_answers(self, generate: Callable[[int], Any], report: Any, begun: float) -> dict[str, Any]:
         out: dict[str, Any] = {}
-        for number in range(1, max(self.options.answers) + 1):
+        wanted, limit = sorted(self.options.answers), self.options.answer_seconds
+        first = pace = 0.0
+        for number in range(1, wanted[-1] + 1):
             generate(self.options.answer_tokens)
             wait(self.device)
             spent = time.perf_counter() - begun
-            if number in self.options.answers:
-                out[str(number)] = spent
             if number == 1:
+                first = spent
                 out["capture_seconds"] = engine_of(report()).get("capture_seconds")
-            if spent > self.options.answer_seconds and number < max(self.options.answers):
-                return {**out, "note": f"{number} answers in {spent:.0f} s, then stopped"}
+            else:
+                out["seconds_per_answer"] = pace = (spent - first) / (number - 1)
+            if number in wanted:
+                out[str(number)] = spent
+            goal = min((n for n in wanted if n > number), default=number)
+            if goal > number and (spent > limit or (number >= PACE and spent + (goal - number) * pace > limit)):
+                return {**out, "note": f"{number} answers in {spent:.0f} s, {goal} do not fit in {limit:g} s"}
         return out
 
-    def _times(self, case: Case, generate: Callable[[int], Any], report: Any) -> dict[str, Any]:
+    def new(self, case: Case) -> tuple[int, int]:
+        """Tokens of a short and a long call: half as far apart where a step has to be launched operation by operation.
+
+        Such a step takes several times as long, so that fewer of them are timed as well.
+        """
         short, long = self.options.new
+        recorded = case.engine.startswith("graph") or case.name == STATIC
+        return short, long if recorded else (short + long) // 2
+
+    def _times(self, case: Case, generate: Callable[[int], Any], report: Any) -> dict[str, Any]:
+        short, long = self.new(case)
         first = clock(lambda: generate(long), self.device)
         used = engine_of(report())
         found: dict[str, Any] = {"first_call_s": first}
@@ -154,7 +172,8 @@ class Bench:
         short_times: list[float] = []
         long_times: list[float] = []
         anew = 0
-        for _ in range(1 if first > SLOW else self.options.repeats):
+        begun = time.perf_counter()
+        while not long_times or (len(long_times) < self.options.repeats and time.perf_counter() - begun < SLOW):
             for new, times in ((short, short_times), (long, long_times)):
                 times.append(clock(partial(generate, new), self.device))
                 anew += engine_of(report()).get("reused") is False
@@ -166,6 +185,7 @@ class Bench:
             "ms_per_token": 1e3 * token,
             "spread_ms": 1e3 * (max(long_times) - min(long_times)) / (long - short),
             "repeats": len(long_times),
+            "new": [short, long],
         }
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import agreement, engine
-from benchmarks.engine_cases import AGAIN, BASELINES, SDPA, STATIC, TWO, Case, derive, order, prompts_of
+from benchmarks import agreement, engine, engine_rows
+from benchmarks.engine_cases import AGAIN, BASELINES, SDPA, STATIC, TWO, Case, derive, interleaved, order, prompts_of
 from benchmarks.shapes import SHAPES, build, prompt, token_bytes, weight_bytes
 from vlmfix import registry
 from vlmfix.engine import sessions
@@ -35,7 +35,9 @@ def test_a_run_measures_and_goes_on(shape, tmp_path):
     run_of = report["runs"][0]
     floor = run_of["weight_bytes"] / run_of["copy_bytes_per_second"]
     assert rows["hf vcd"]["of_floor"] == pytest.approx(rows["hf vcd"]["ms_per_token"] / 1e3 / floor)
-    assert [(row["row"], row["2"] > row["1"]) for row in report["answers"]] == [(SDPA, True)]
+    [answers] = report["answers"]
+    assert answers["row"] == SDPA
+    assert answers["2"] - answers["1"] == pytest.approx(answers["seconds_per_answer"])
     assert "carve" in [row["row"] for row in report["left_out"]]
 
     code, more = run(path, shape, "--have", str(path), "--rows", "vcd$|pai$")
@@ -70,7 +72,8 @@ def test_the_clock_stops_a_run(tmp_path, monkeypatch):
     assert engine.main(["--shape", "tiny-llava", "--seconds", "0", "--out", str(path)]) == 0
     report = json.loads(path.read_text())
     assert not report["rows"]
-    assert len(report["not_run"]) == len(order(SHAPES["tiny-llava"], ["hf"], False))
+    expected = interleaved(order(SHAPES["tiny-llava"], ["hf"], False), 24)
+    assert [row["row"] for row in report["not_run"]] == [case.row for case in expected]
 
 
 def test_every_method_and_baseline_has_its_rows():
@@ -87,6 +90,45 @@ def test_every_method_and_baseline_has_its_rows():
         assert {SDPA, TWO, "graph var", "graph vcd", "hf var", "hf vcd"} <= long
     assert {f"graph+compile {name}" for name in names - {"sgrs", "opera"}} <= {row for *_, row in rows}
     assert rows[:4] == [(640, 1, name) for name in (SDPA, "graph greedy", "hf greedy", STATIC)]
+
+
+def test_plain_rows_are_measured_again():
+    names = [f"method{n}" for n in range(8)]
+    rows = [Case(640, 1, "greedy", "graph"), Case(640, 1, "greedy", "hf")]
+    rows += [Case(640, 1, name, "graph") for name in names] + [Case(640, 1, "vcd", "hf")]
+    rows += [Case(4096, 1, "greedy", "graph"), Case(4096, 1, "vcd", "graph"), Case(640, 1, "var", "graph+compile")]
+    found = [case.row for case in interleaved(rows, 640)]
+    again = "graph greedy" + AGAIN
+    graph = [*(f"graph {name}" for name in names[:6]), again, *(f"graph {name}" for name in names[6:]), again + " 2"]
+    later = ["hf vcd", "hf greedy" + AGAIN, "graph greedy", "graph vcd", "graph+compile var"]
+    assert found == ["graph greedy", "hf greedy", *graph, *later]
+    assert interleaved(rows[:2], 640) == rows[:2]
+
+    whole = interleaved(order(SHAPES["llava-7b"], ("graph", "hf"), True), 640)
+    assert len({(case.prompt, case.batch, case.row) for case in whole}) == len(whole)
+    assert {SDPA + AGAIN, again + " 3"} <= {case.row for case in whole if (case.prompt, case.batch) == (640, 16)}
+
+
+def test_answers_stop_where_the_next_number_is_out_of_reach(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_rows, "PACE", 2)
+    asked = ("--rows", "none", "--answers", "1", "1000000", "--answer-tokens", "1", "--answer-seconds", "60")
+    _, report = run(tmp_path / "engine.json", "tiny-llava", *asked)
+    [answers] = report["answers"]
+    assert answers["note"].startswith("2 answers in ")
+    assert answers["note"].endswith("1000000 do not fit in 60 s")
+    assert answers["1"] < 60
+
+
+def test_a_slow_row_is_timed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_rows, "SLOW", 0.0)
+    asked = ("--rows", "none", "--new", "2", "6", "--repeats", "3")
+    _, report = run(tmp_path / "engine.json", "tiny-llava", *asked)
+    assert {(row["repeats"], tuple(row["new"])) for row in report["rows"]} == {(1, (2, 4))}
+
+
+def test_lengths_too_close_are_refused(tmp_path):
+    with pytest.raises(SystemExit):
+        engine.main(["--shape", "tiny-llava", "--new", "4", "5", "--out", str(tmp_path / "engine.json")])
 
 
 def test_bytes_of_a_step():
@@ -111,29 +153,33 @@ def test_targets_follow_from_the_rows_of_the_same_run():
 
     rows = [
         row(SDPA, SDPA, "transformers", 20.0, 0),
-        row("graph greedy", "greedy", "graph", 4.0, 0),
-        row("graph greedy" + AGAIN, "greedy", "graph", 5.0, 0),
-        row("graph greedy", "greedy", "graph", 1.0, 1),
+        row("graph greedy", "greedy", "graph", 1.0, 0),
+        row("graph greedy" + AGAIN, "greedy", "graph", 3.0, 0),
         row("graph gift", "gift", "graph", 4.4, 0, gib=10.1),
-        row("graph vcd", "vcd", "graph", 4.4, 0, branches=1),
-        row(TWO, TWO, "transformers", 44.0, 1, branches=1),
+        row("graph greedy", "greedy", "graph", 1.0, 1),
+        row("graph greedy" + AGAIN + " 2", "greedy", "graph", 5.0, 0),
+        row("graph vcd", "vcd", "graph", 5.5, 0, branches=1),
+        row(TWO, TWO, "transformers", 50.0, 1, branches=1),
+        row(TWO + AGAIN, TWO, "transformers", 60.0, 1, branches=1),
         row("hf sgrs", "sgrs", "hf", 40.0, 0),
     ]
     runs = [{"copy_bytes_per_second": 1e6, "weight_bytes": 1900.0, "usual_prompt": 640}] * 2
     derive(report := {"rows": rows, "runs": runs})
-    gift, vcd = report["rows"][4:6]
-    assert gift["of_plain"] == pytest.approx(1.1)
+    gift, vcd = report["rows"][3], report["rows"][6]
+    assert gift["of_plain"] == pytest.approx(4.4 / 4)  # the mean of the nearest before and after it in its run
+    assert [report["rows"][n]["of_plain"] for n in (1, 2, 5)] == pytest.approx([1 / 3, 3 / 3, 5 / 3])
+    assert report["rows"][0]["of_sdpa"] == 1
     assert gift["of_floor"] == pytest.approx(4.4 / 1.9)
     assert gift["memory_of_sdpa"] == pytest.approx(1.01)
     assert gift["targets"] == {
         "memory_of_sdpa": "<= 1.03", "of_plain": "<= 1.08", "of_floor": "<= 2.2", "of_sdpa": "<= 0.333",
     }  # fmt: skip
-    assert vcd["of_bytes"] == pytest.approx(4.4 / 2.1)
+    assert vcd["of_bytes"] == pytest.approx(5.5 / 2.1)
     assert vcd["of_plain_and_bytes"] == pytest.approx(1.1 * 2000 / 2100)
     assert vcd["of_two_forwards"] == pytest.approx(0.1)
     assert vcd["of_other_runs"] == ["of_two_forwards"]
     assert set(vcd["targets"]) == {"of_bytes", "of_plain_and_bytes", "of_two_forwards"}
-    assert report["rows"][7]["targets"] == {}  # no plain row of engine hf to compare with
+    assert report["rows"][9]["targets"] == {}  # no plain row of engine hf to compare with
 
 
 def test_prompts_differ_in_their_pictures_alone():
