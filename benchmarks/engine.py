@@ -2,9 +2,10 @@
 
     python -m benchmarks.engine --shape llava-7b --seconds 250 --out engine.json                    # one GPU
     python -m benchmarks.engine --shape llava-7b --have engine.json --seconds 250 --out engine.json # goes on from there
-    python -m benchmarks.engine --shape llava-7b --prompt 640 --batch 1 --engines graph --answers 1 10 100 \\
-        --rows "static|compile greedy" --out answers.json                                           # first answers
     python -m benchmarks.engine --shape cpu --out engine.json                                       # engine hf, CPU
+
+Seconds to the first answers alone: `--prompt 640 --batch 1 --engines graph --answers 1 10 100 --rows "static|compile
+greedy"`.
 
 Rows come in an order in which what matters most is first, and the file is written after each; a row that fails is
 recorded with its message. Only time and memory are measured. Every call sees other pictures.
