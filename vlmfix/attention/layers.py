@@ -109,29 +109,21 @@ class Layers:
         self._hidden.clear()
 
     def settle(self, length: int) -> None:
-        """Makes plans what they are from now on: tables of `length` keys, head scales instead of their rules."""
-        self._plans = {layer: tuple(_lengthened(plan, length) for plan in on) for layer, on in self._plans.items()}
-        self._heads = {
-            layer: tuple(
-                (i, _lengthened(replace(plan, head_rule=None, head_scale=self._head_scale(i, layer, plan)), length))
-                for i, plan in on
-            )
-            for layer, on in self._heads.items()
-        }
+        """Makes plans what they are from now on: tables of `length` keys, heads scaled by plans and not afterwards."""
+        for layer, on in self._plans.items():
+            heads = self._heads.pop(layer, ())
+            scaling = (replace(p, head_rule=None, head_scale=self._head_scale(i, layer, p)) for i, p in heads)
+            self._plans[layer] = tuple(_lengthened(plan, length) for plan in (*on, *scaling))
 
     @property
     def plans(self) -> dict[int, tuple[Plan, ...]]:
         """What each layer follows."""
         return self._plans
 
-    @property
-    def _changes(self) -> tuple[dict[int, Any], ...]:
-        """What is asked of layers where anything is."""
-        return tuple({layer: on for layer, on in asked.items() if on} for asked in (self._plans, self._heads))
-
     def overwrite(self, other: Layers) -> bool:
         """Takes over settled plans at the addresses of these; False where they differ in more than values."""
-        if not overwrite(self._changes, other._changes):
+        mine, theirs = ({layer: on for layer, on in plans.items() if on} for plans in (self._plans, other._plans))
+        if not overwrite(mine, theirs):
             return False
         for layer, plans in self._plans.items():
             renew(plans, self.compiled.facts.heads[layer])
@@ -177,7 +169,7 @@ class Layers:
 
     def finish(self, layer: int, out: Tensor) -> Tensor:
         """Scales the heads of a layer's output [B, Q, H, D]; a head rule picks its scales in the prefill, for good."""
-        for i, plan in self._heads[layer]:
+        for i, plan in self._heads.get(layer, ()):
             if plan.head_rule is not None and (i, layer) not in self._scales:
                 assert self.counterfactual is not None
                 self._scales[i, layer] = plan.head_rule(*self.counterfactual.pair(out, self.layout))

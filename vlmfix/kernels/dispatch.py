@@ -60,6 +60,15 @@ def multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index or 0).multi_processor_count
 
 
+@cache
+def shared_memory(index: int | None) -> int:
+    """Bytes of shared memory that a program may use on a CUDA device; 64 KiB where there is none."""
+    if INTERPRETED or not torch.cuda.is_available():
+        return 2**16
+    properties: Any = torch.cuda.get_device_properties(index or 0)
+    return int(properties.shared_memory_per_block_optin)
+
+
 def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies: exact products for float32, tensor cores otherwise."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfix.kernels.dispatch import INTERPRETED, ceil_div, launches, must_cast, operation
+from vlmfix.kernels.dispatch import (
+    INTERPRETED,
+    ceil_div,
+    launches,
+    multiprocessors,
+    must_cast,
+    operation,
+    shared_memory,
+)
 
 
 class Launch(NamedTuple):
@@ -36,20 +44,33 @@ class Launch(NamedTuple):
 
 
 @cache
-def launch(n: int, m: int, gated: bool) -> Launch:
+def launch(n: int, m: int, gated: bool, index: int | None) -> Launch:
     """The configuration that was found fastest, see benchmarks/NOTES.md.
+
+    Few output features spread over as many multiprocessors as one wave of programs fills, each reading far ahead; many
+    do best in small programs.
 
     Args:
         n: output features of all layers together.
         m: rows of x.
         gated: whether two layers are multiplied.
+        index: of the CUDA device.
     """
-    rows = 16 if m <= 16 else 32
+    processors = multiprocessors(index)
     if INTERPRETED:
-        return Launch(rows, 32, 64, 1, 1)
-    if rows == 32 or (n <= 8192 and not gated):
-        return Launch(rows, 64, 128, 4, 3 if gated else 5)
-    return Launch(rows, 32, 128, 2, 3 if gated else 5)
+        found = Launch(16 if m <= 16 else 32, 32, 64, 1, 1)
+    elif m > 16:
+        found = Launch(32, 64, 128, 4, 3)
+    elif gated:
+        found = Launch(16, 32, 128, 2, 3)
+    elif n <= 32 * processors:
+        found = Launch(16, 32, 256, 4, 5)
+    elif n <= 64 * processors:
+        found = Launch(16, 64, 128, 4, 5)
+    else:
+        found = Launch(16, 32, 128, 2, 5)
+    stage = 2 * found.block_k * (found.block_n * (1 + gated) + found.rows)
+    return found._replace(stages=max(1, min(found.stages, shared_memory(index) // stage)))
 
 
 @triton.jit
@@ -73,7 +94,7 @@ def _product(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linears(
     X, W0, W1, W2, B0, B1, B2, Out, M, K, N0, N1, N2, total, BIAS: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CAST: tl.constexpr,
@@ -97,7 +118,7 @@ def _linears(
     tl.store(Out + m[None, :] * total + first + n[:, None], out.to(Out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gated(
     X, Gate, Up, Out, M, K, N,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CAST: tl.constexpr,
@@ -155,7 +176,7 @@ def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], config: list
     m, k = x.shape
     sizes = [len(weight) for weight in weights]
     out = x.new_empty(m, sum(sizes))
-    chosen = Launch(*config) if config else launch(sum(sizes), m, False)
+    chosen = Launch(*config) if config else launch(sum(sizes), m, False, x.device.index)
     missing = 3 - len(weights)
     launches["linears"] += 1
     _linears[(sum(ceil_div(size, chosen.block_n) for size in sizes),)](
@@ -185,7 +206,7 @@ def gated_linear(x: Tensor, gate: Tensor, up: Tensor, config: list[int] | None =
     """
     (m, k), n = x.shape, len(gate)
     out = x.new_empty(m, n)
-    chosen = Launch(*config) if config else launch(n, m, True)
+    chosen = Launch(*config) if config else launch(n, m, True, x.device.index)
     launches["gated_linear"] += 1
     _gated[(ceil_div(n, chosen.block_n),)](x, gate, up, out, m, k, n, **_settings(chosen, x.dtype))
     return out
