@@ -26,20 +26,25 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_cases import ATTENTION, Case
-from benchmarks.kernel_linears import LINEARS, PREFIX
+from benchmarks.kernel_linears import LINEARS
 from benchmarks.kernel_operations import OPERATIONS
 from benchmarks.kernels import REPLAYS, graph_time
+from benchmarks.timing import about
 from vlmfix.kernels.contrast import triton_choose
 from vlmfix.kernels.grouped_attention import tiles, triton
+from vlmfix.kernels.saliency_row import triton as saliency
 
 CASES = {case.name: case for case in [*ATTENTION, *OPERATIONS, *LINEARS]}
 Choice = dict[str, Any]
 
 BEST = 5
-"""Configurations reported of a case of thin products."""
+"""Configurations reported of a case with many."""
+
+MANY = 12
+"""Most configurations of which all are reported, and timed at length."""
 
 QUICK_REPLAYS = 3
-"""Replays of a case of thin products."""
+"""Replays of a case with more."""
 
 TOGETHER = 8
 """Configurations that a process compiles for one set of inputs."""
@@ -72,6 +77,9 @@ CHOICES: dict[str, list[Choice]] = {
     "decode B=1 28/4 K=640": grid(N=(32, 64), num_warps=(4,), num_stages=(3,), factor=(0.5, 1)),
 }
 
+SALIENCY = [{"own": True}, *grid(step=(2, 4, 8, 16), waves=(0.5, 1, 2, 4, 8), saliency_warps=(2, 4, 8))]
+CHOICES |= {f"saliency row C=5 {name}": SALIENCY for name in ("32/32 K=640", "28/4 K=4096")}
+
 
 def thin(m: int) -> list[Choice]:
     """Launches of products of m rows, which are padded for the tensor cores."""
@@ -99,6 +107,8 @@ def chosen(choice: Choice) -> Iterator[None]:
             from vlmfix.kernels.linear import triton as products
 
             put(products, "launch", lambda *_: products.Launch(**choice))
+        elif "waves" in choice:
+            put(saliency, "_config", partial(_saliency_config, choice))
         elif "M" in choice:
             put(tiles, "_config", lambda *_: launch)
             put(tiles, "PARTS", getattr(torch, choice.get("parts", ""), None))
@@ -109,6 +119,11 @@ def chosen(choice: Choice) -> Iterator[None]:
         else:
             put(triton_choose, "FEW", choice["few"])
         yield
+
+
+def _saliency_config(choice: Choice, rows: int, keys: int, _: int, processors: int) -> tuple[int, int, int]:
+    most = max(1, int(choice["waves"] * processors / rows))
+    return choice["step"], min(most, max(1, keys // choice["step"]), 32), choice["saliency_warps"]
 
 
 def _split_shapes(
@@ -143,10 +158,10 @@ def compile_some(job: tuple[str, list[Choice]]) -> None:
     torch.cuda.empty_cache()
 
 
-def reported(name: str, rows: list[Choice]) -> list[Choice]:
-    """The fastest first; of thin products the `BEST`, the kernel's own choice, and the first failure."""
+def reported(rows: list[Choice]) -> list[Choice]:
+    """The fastest first; of many the `BEST`, the kernel's own choice, and the first failure."""
     rows = sorted(rows, key=lambda row: row["us"] or float("inf"))
-    if not name.startswith(PREFIX):
+    if len(rows) <= MANY:
         return rows
     failed = [row for row in rows if row["us"] is None]
     own = [row for row in rows[BEST:] if "own" in row and row["us"] is not None]
@@ -174,15 +189,15 @@ def main() -> None:
         torch.manual_seed(0)
         with torch.no_grad():
             inputs = [CASES[name].inputs() for _ in range(CASES[name].sets)]
-        replays = QUICK_REPLAYS if name.startswith(PREFIX) else REPLAYS
+        replays = QUICK_REPLAYS if len(choices) > MANY else REPLAYS
         rows = [measure(CASES[name], choice, inputs, replays) for choice in choices if time.monotonic() < end]
-        for row in reported(name, rows):
+        for row in reported(rows):
             us, rest = row["us"], {k: v for k, v in row.items() if k != "us"}
             sys.stdout.write(f"{name}: {us or 0:.1f} us {json.dumps(rest)}\n")
             found.append({"case": name, **row})
         sys.stdout.flush()
         columns = list(dict.fromkeys(key for row in found for key in row))
-        options.out.write_text(json.dumps({"columns": columns, "rows": found}, indent=1) + "\n")
+        options.out.write_text(json.dumps({**about("cuda"), "columns": columns, "rows": found}, indent=1) + "\n")
     sys.stdout.write(f"took {time.monotonic() - begun:.0f} s\n")
 
 

@@ -184,9 +184,7 @@ def saliency_row(
     n_kv, keys, size_v = k.shape[1], k.shape[2], v.shape[3]
     count, shared = d_out.shape[1], heads // n_kv
     wide, block, block_shared = power_of_two(max(size, size_v), 16), power_of_two(count + 1), power_of_two(shared)
-    step = 16 if INTERPRETED else min(16, max(1, 8192 // (block * wide)))
-    most = ceil_div(4 * multiprocessors(q.device.index), batch * heads)
-    splits = max(1, min(ceil_div(keys, 4 * step), 32, most))
+    step, splits, warps = _config(batch * heads, keys, block * wide, multiprocessors(q.device.index))
     part = torch.empty(batch, heads, count, keys, device=q.device, dtype=torch.float32)
     acc = torch.empty(batch, heads, splits, count + 1, size, device=q.device, dtype=torch.float32)
     total = torch.empty(batch, heads, splits, count + 1, device=q.device, dtype=torch.float32)
@@ -209,7 +207,7 @@ def saliency_row(
     launches["saliency_row"] += 1
     _saliency[(splits, batch * heads)](
         q, k, v, lse, d_out, own, start, bias, part, acc, total, scale, heads, n_kv, keys, splits, *strides, CB=block,
-        N=step, num_warps=8, **constants,
+        N=step, num_warps=warps, **constants,
     )  # fmt: skip
     grads = batch * n_kv * count
     _finish[(grads + batch * count * ceil_div(keys, 128),)](
@@ -218,6 +216,12 @@ def saliency_row(
         CHUNK=min(power_of_two(splits), max(1, 4096 // (block_shared * wide))), num_warps=4, **constants,
     )  # fmt: skip
     return results
+
+
+def _config(rows: int, keys: int, size: int, processors: int) -> tuple[int, int, int]:
+    """Keys of a step, splits of the keys, and warps, for `size` products per key."""
+    step = 16 if INTERPRETED else min(16, max(1, 8192 // size))
+    return step, max(1, min(ceil_div(keys, 4 * step), 32, ceil_div(4 * processors, rows))), 8
 
 
 @saliency_row.register_fake
