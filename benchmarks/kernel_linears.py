@@ -63,5 +63,5 @@ LAYERS: list[tuple[str, dict[str, Any]]] = [
 ]
 """Layers of LLaVA 7B (hidden 4096) and Qwen2.5-VL 7B (hidden 3584), output features first."""
 
-LINEARS = [linear_case(name, m, **layer) for name, layer in LAYERS for m in (1, 2, 16)]
+LINEARS = [linear_case(name, m, **layer) for name, layer in LAYERS for m in (1, 2, 16, 32)]
 """Products of a few rows."""

@@ -65,7 +65,7 @@ class _Row(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = Together.apply(_gradients, grad, *ctx.saved_tensors, ctx.scale)  # type: ignore[no-untyped-call]
+        grads = Together.apply(_gradients, (grad,), *ctx.saved_tensors, ctx.scale)  # type: ignore[no-untyped-call]
         return (*grads, *([None] * 7))
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlmfix.kernels.dispatch import use_triton
+from vlmfix.kernels.gradients import Together
 from vlmfix.kernels.linear import reference
+from vlmfix.kernels.silu_mul import silu_mul
 
 ROWS = 32
 """Most rows of x that the kernels take; more are the vendor's library's business."""
@@ -29,14 +33,28 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias {tuple(bias.shape)}: expected ({weight.shape[0]},)")
     weights = [weight.detach() for weight in weights]
-    given = [bias.detach() for bias in biases if bias is not None]
+    biases = [None if bias is None else bias.detach() for bias in biases]
+    if _traced(x):
+        parts: tuple[Tensor, ...] = _Linears.apply(x, biases, *weights)  # type: ignore[no-untyped-call]
+        return parts
+    given = [bias for bias in biases if bias is not None]
     whole = len(weights) <= TOGETHER and len(given) in (0, len(weights))
     if not whole or not _served(x, *weights, *given):
-        return reference.linears(x, weights, [None if bias is None else bias.detach() for bias in biases])
+        return reference.linears(x, weights, biases)
     from vlmfix.kernels.linear import triton
 
-    out = triton.linears(_rows(x), list(weights), given)
-    return tuple(part.unflatten(0, x.shape[:-1]) for part in out.split([len(weight) for weight in weights], -1))
+    rows = _rows(x)
+    parts = triton.linears(rows, weights, given).split([len(rows) * len(weight) for weight in weights])
+    return tuple(part.view(*x.shape[:-1], len(weight)) for part, weight in zip(parts, weights, strict=True))
+
+
+def linears_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Gradient of x; arguments and result as in `reference.linears_gradient`."""
+    (first, *others), (weight, *rest) = grads, weights
+    out = torch.mm(_rows(first), weight)
+    for grad, weight in zip(others, rest, strict=True):
+        out.addmm_(_rows(grad), weight)
+    return out.view(*first.shape[:-1], -1)
 
 
 def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
@@ -50,6 +68,8 @@ def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     _check(x, gate)
     if up.shape != gate.shape:
         raise ValueError(f"up {tuple(up.shape)}: expected {tuple(gate.shape)}")
+    if _traced(x):  # which reads the products
+        return silu_mul(*linears(x, [gate, up], [None, None]))
     gate, up = gate.detach(), up.detach()
     if not _served(x, gate, up):
         return reference.gated_linear(x, gate, up)
@@ -57,6 +77,32 @@ def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
     out: Tensor = triton.gated_linear(_rows(x), gate, up).unflatten(0, x.shape[:-1])
     return out
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, biases: list[Tensor | None], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*weights)
+        ctx.set_materialize_grads(False)
+        return linears(x, weights, biases)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        given = [(grad, weight) for grad, weight in zip(grads, ctx.saved_tensors, strict=True) if grad is not None]
+        if not given:
+            return None, None, *[None] * len(grads)
+        out = Together.apply(_gradients, *zip(*given, strict=True))  # type: ignore[no-untyped-call]
+        return out[0], None, *[None] * len(grads)
+
+
+def _gradients(*arguments: Any) -> tuple[Tensor]:
+    *grads, weights = arguments
+    return (linears_gradient(grads, weights),)
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether gradients run through x; a compiler takes them from the definition."""
+    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

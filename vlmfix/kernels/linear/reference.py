@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
@@ -20,6 +21,19 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
         [..., N_i] each.
     """
     return tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+
+def linears_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Gradient of x for C gradients of the results: the sum of g_i W_i.
+
+    Args:
+        grads: [C, ..., N_i] each.
+        weights: [N_i, D] each.
+
+    Returns:
+        [C, ..., D].
+    """
+    return torch.stack([grad @ weight for grad, weight in zip(grads, weights, strict=True)]).sum(0)
 
 
 def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:

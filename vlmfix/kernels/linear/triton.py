@@ -96,10 +96,10 @@ def _product(
 
 @triton.jit(do_not_specialize=["M"])
 def _linears(
-    X, W0, W1, W2, B0, B1, B2, Out, M, K, N0, N1, N2, total, BIAS: tl.constexpr,
+    X, W0, W1, W2, B0, B1, B2, Out, M, K, N0, N1, N2, BIAS: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
-    """One program: BN output features of one of up to three layers, whose results lie side by side."""
+    """One program: BN output features of one of up to three layers, whose results lie one after the other."""
     program = tl.program_id(0)
     blocks0 = tl.cdiv(N0, BN)
     blocks1 = tl.cdiv(N1, BN)
@@ -115,7 +115,7 @@ def _linears(
     if BIAS:
         out += tl.load(bias + n, mask=n < features, other=0.0).to(tl.float32)[:, None]
     inside = (n < features)[:, None] & (m < M)[None, :]
-    tl.store(Out + m[None, :] * total + first + n[:, None], out.to(Out.dtype.element_ty), mask=inside)
+    tl.store(Out + M * first + m[None, :] * features + n[:, None], out.to(Out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -162,7 +162,7 @@ def _settings(config: Launch, dtype: torch.dtype) -> dict[str, int]:
 
 @operation("linears")
 def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], config: list[int] | None = None) -> Tensor:
-    """Results of up to three layers side by side.
+    """Results of up to three layers one after the other, [M, N_i] each.
 
     Args:
         x: [M, D] contiguous, of few rows and 2 bytes an element.
@@ -171,24 +171,24 @@ def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], config: list
         config: a `Launch`, if not the usual one.
 
     Returns:
-        [M, sum of N_i].
+        [M * sum of N_i].
     """
     m, k = x.shape
     sizes = [len(weight) for weight in weights]
-    out = x.new_empty(m, sum(sizes))
+    out = x.new_empty(m * sum(sizes))
     chosen = Launch(*config) if config else launch(sum(sizes), m, False, x.device.index)
     missing = 3 - len(weights)
     launches["linears"] += 1
     _linears[(sum(ceil_div(size, chosen.block_n) for size in sizes),)](
         x, *weights, *[weights[0]] * missing, *(biases or [x] * 3), *([biases[0]] * missing if biases else ()),
-        out, m, k, *sizes, *[0] * missing, sum(sizes), BIAS=bool(biases), **_settings(chosen, x.dtype),
+        out, m, k, *sizes, *[0] * missing, BIAS=bool(biases), **_settings(chosen, x.dtype),
     )  # fmt: skip
     return out
 
 
 @linears.register_fake  # type: ignore[untyped-decorator]
 def _(x: Tensor, weights: list[Tensor], biases: list[Tensor], config: list[int] | None = None) -> Tensor:
-    return x.new_empty(len(x), sum(len(weight) for weight in weights))
+    return x.new_empty(len(x) * sum(len(weight) for weight in weights))
 
 
 @operation("gated_linear")

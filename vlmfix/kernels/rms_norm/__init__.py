@@ -51,7 +51,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        out = Together.apply(_gradients, grad, *ctx.saved_tensors, ctx.eps)  # type: ignore[no-untyped-call]
+        out = Together.apply(_gradients, (grad,), *ctx.saved_tensors, ctx.eps)  # type: ignore[no-untyped-call]
         return out[0], None, None
 
 

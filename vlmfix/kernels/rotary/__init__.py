@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,13 +34,13 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     return triton.rotary(rows_contiguous(q), rows_contiguous(k), cos.contiguous(), sin.contiguous())
 
 
-def rotary_gradient(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Gradient of q or k; arguments and result as in `reference.rotary_gradient`."""
-    if not use_triton(grad, cos, sin) or not grad.dtype == cos.dtype == sin.dtype:
-        return reference.rotary_gradient(grad, cos, sin)
+def rotary_gradients(grads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of q, of k or of both in one launch; each as in `reference.rotary_gradient`."""
+    if not use_triton(*grads, cos, sin) or not cos.dtype == sin.dtype or any(x.dtype != cos.dtype for x in grads):
+        return tuple(reference.rotary_gradient(grad, cos, sin) for grad in grads)
     from vlmfix.kernels.rotary import triton
 
-    return triton.rotary_gradient(grad, cos.contiguous(), sin.contiguous())
+    return triton.rotary_gradients(grads, cos.contiguous(), sin.contiguous())
 
 
 def _plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -63,9 +64,11 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        back = (None if g is None else Together.apply(_gradients, g, *ctx.saved_tensors)[0] for g in grads)  # type: ignore[no-untyped-call]
-        return (*back, None, None)
+        given = tuple(grad for grad in grads if grad is not None)
+        back = iter(Together.apply(_gradients, given, *ctx.saved_tensors) if given else ())  # type: ignore[no-untyped-call]
+        return (*(None if grad is None else next(back) for grad in grads), None, None)
 
 
-def _gradients(*arguments: Any) -> tuple[Tensor]:
-    return (rotary_gradient(*arguments),)
+def _gradients(*arguments: Tensor) -> tuple[Tensor, ...]:
+    *grads, cos, sin = arguments
+    return rotary_gradients(grads, cos, sin)

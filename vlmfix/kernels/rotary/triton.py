@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -67,11 +69,13 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return _launch(q, k, cos, sin, back=False)
 
 
-def rotary_gradient(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `reference.rotary_gradient`; all of one dtype; the result is contiguous."""
-    rows = rows_contiguous(grad.flatten(0, 1))  # candidates as further rows; a view unless several rows are transposed
+def rotary_gradients(grads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """As `reference.rotary_gradient`, one or two at once; all of one dtype; the results are contiguous."""
+    # candidates as further rows: views unless several rows are transposed
+    rows = [rows_contiguous(grad.flatten(0, 1)) for grad in grads]
     launches["rotary_gradient"] += 1
-    return _launch(rows, rows[:, :0], cos, sin, back=True)[0].view(grad.shape)
+    out = _launch(rows[0], rows[1] if len(rows) > 1 else rows[0][:, :0], cos, sin, back=True)
+    return tuple(x.view(grad.shape) for x, grad in zip(out, grads, strict=False))
 
 
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
