@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.tools import DTYPES, launching
+from tests.kernels.tools import DTYPES, launching, within_budget
 from vlmfix.kernels.rms_norm import reference as norms
 from vlmfix.kernels.rms_norm import rms_norm, rms_norm_gradient
 from vlmfix.kernels.silu_mul import reference as products
-from vlmfix.kernels.silu_mul import silu_mul
+from vlmfix.kernels.silu_mul import silu_mul, silu_mul_gradient
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,6 +60,37 @@ def test_product(place, dtype):
         got = silu_mul(gate, up)
     rtol = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
     torch.testing.assert_close(got, products.silu_mul(gate, up), rtol=rtol, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_a_product(place, dtype):
+    gate, up = place.randn(3, 1, 1100, dtype=dtype) * 4, place.randn(3, 1, 1100, dtype=dtype)
+    gate[0, 0, :2] = place.tensor([-80.0, 80.0], dtype)
+    grads = place.randn(5, 3, 1, 1100, dtype=dtype)
+
+    def pulled(function, kind):
+        leaves = [x.to(kind).requires_grad_() for x in (gate, up)]
+        out = function(*leaves)
+        return torch.vmap(lambda one: torch.autograd.grad(out, leaves, one, retain_graph=True))(grads.to(kind))
+
+    with launching("silu_mul", "silu_mul_gradient"):
+        got = pulled(silu_mul, dtype)
+    plain, exact = pulled(products.silu_mul, dtype), pulled(products.silu_mul, torch.float64)
+    for one, usual, true in zip(got, plain, exact, strict=True):
+        assert one.dtype == dtype
+        within_budget(one, usual, true, dtype)
+    leaves = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
+    alone = torch.autograd.grad(silu_mul(*leaves), leaves, grads[2])
+    torch.testing.assert_close(alone, tuple(x[2] for x in got), rtol=0, atol=0)
+
+
+def test_definition_of_the_gradient_of_a_product():
+    gate, up = (torch.randn(2, 3, 8, dtype=torch.float64).requires_grad_() for _ in range(2))
+    grads = torch.randn(2, 2, 3, 8, dtype=torch.float64)
+    out = products.silu_mul(gate, up)
+    got = silu_mul_gradient(grads, gate.detach(), up.detach())
+    want = torch.vmap(lambda one: torch.autograd.grad(out, (gate, up), one, retain_graph=True))(grads)
+    torch.testing.assert_close(got, want)
 
 
 def test_wrong_shapes_are_named():

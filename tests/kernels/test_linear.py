@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.tools import launching, within_budget
 from vlmfix.kernels import dispatch
-from vlmfix.kernels.linear import ROWS, gated_linear, linears, reference
+from vlmfix.kernels.linear import ROWS, gated_linear, linears, linears_gradient, reference
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -62,6 +62,84 @@ def test_what_the_kernels_leave_to_others(place):
     linears(x.float(), [four[0].float()], [None])
     gated_linear(many, *four[:2])
     assert dispatch.launches == before
+
+
+def pulled(out, x, grads):
+    """Gradients [C, ...] of x for gradients [C, ...] of each result."""
+    return torch.vmap(lambda *one: torch.autograd.grad(out, x, one, retain_graph=True)[0])(*grads)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_gradient_of_layers(place, dtype, rows):
+    width = place(90, 1500)
+    x = place.randn(rows, 1, width, dtype=dtype).requires_grad_()
+    weights = [place.randn(place(n, 37 * n), width, dtype=dtype) / width**0.5 for n in (48, 16, 33)]
+    biases = [place.randn(len(weight), dtype=dtype) for weight in weights]
+    before = dispatch.launches["linears"]
+    out = linears(x, weights, biases)
+    assert dispatch.launches["linears"] == before + (dtype in HALVES)
+    assert all(part.is_contiguous() for part in out)
+    torch.testing.assert_close([part.detach() for part in out], [*linears(x.detach(), weights, biases)], rtol=0, atol=0)
+    grads = [place.randn(5, *part.shape, dtype=dtype) for part in out]
+    plain_x, exact_x = x.detach().clone().requires_grad_(), x.detach().double().requires_grad_()
+    plain = pulled(reference.linears(plain_x, weights, biases), plain_x, grads)
+    wide = [[y.double() for y in part] for part in (weights, biases, grads)]
+    exact = pulled(reference.linears(exact_x, *wide[:2]), exact_x, wide[2])
+    got = pulled(out, x, grads)
+    assert got.dtype == dtype
+    within_budget(got, plain, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_gradient_of_a_gated_layer(place, dtype, rows):
+    width, n = place(90, 1500), place(70, 4100)
+    x = place.randn(rows, 1, width, dtype=dtype).requires_grad_()
+    gate, up = (place.randn(n, width, dtype=dtype) / width**0.5 for _ in range(2))
+    with launching(*(["linears"] if dtype in HALVES else []), "silu_mul", "silu_mul_gradient"):
+        out = gated_linear(x, gate, up)
+        grads = [place.randn(5, *out.shape, dtype=dtype)]
+        got = pulled([out], x, grads)
+    plain_x, exact_x = x.detach().clone().requires_grad_(), x.detach().double().requires_grad_()
+    plain_out = reference.gated_linear(plain_x, gate, up)
+    exact_out = reference.gated_linear(exact_x, gate.double(), up.double())
+    within_budget(out.detach(), plain_out.detach(), exact_out.detach(), dtype)
+    exact = pulled([exact_out], exact_x, [grads[0].double()])
+    within_budget(got, pulled([plain_out], plain_x, grads), exact, dtype)
+
+
+@pytest.mark.parametrize("used", [(0,), (2,), (0, 1), (0, 1, 2)], ids=str)
+def test_gradients_of_some_layers(used):
+    """Outputs that nothing depends on have no gradient; one candidate or many give the same."""
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(n, 8, dtype=torch.float64) for n in (4, 5, 6)]
+    ours, theirs = linears(x, weights, [None] * 3), reference.linears(x, weights, [None] * 3)
+    grads = [torch.randn(4, *ours[i].shape, dtype=torch.float64) for i in used]
+    got = pulled([ours[i] for i in used], x, grads)
+    torch.testing.assert_close(got, pulled([theirs[i] for i in used], x, grads))
+    for c in range(4):
+        (one,) = torch.autograd.grad([ours[i] for i in used], x, [grad[c] for grad in grads], retain_graph=True)
+        torch.testing.assert_close(one, got[c])
+
+
+def test_definition_of_the_gradient_of_layers():
+    x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(n, 8, dtype=torch.float64) for n in (4, 5)]
+    out = reference.linears(x, weights, [None] * 2)
+    grads = [torch.randn(3, *part.shape, dtype=torch.float64) for part in out]
+    want = pulled(out, x, grads)
+    torch.testing.assert_close(reference.linears_gradient(grads, weights), want)
+    torch.testing.assert_close(linears_gradient(grads, weights), want)
+
+
+def test_many_gradients_of_which_one_is_shared():
+    x = torch.randn(2, 8, requires_grad=True)
+    weights = [torch.randn(n, 8) for n in (4, 5)]
+    out = linears(x, weights, [None] * 2)
+    shared, grads = torch.randn(2, 5), torch.randn(3, 2, 4)
+    got = torch.vmap(lambda one: torch.autograd.grad(out, x, (one, shared), retain_graph=True)[0])(grads)
+    torch.testing.assert_close(got, grads @ weights[0] + shared @ weights[1])
 
 
 def test_gradients_reach_the_input_alone():
