@@ -8,6 +8,10 @@ rows, every method, two different batches one after the other, the second with t
 tokens are required, but for ties. A row says which engine ran; `margin` is by how much the best logit leads in engine
 hf at the first token that differs, and a row is `tied` where that is below `TIE`.
 
+`rounding`: the same models in bfloat16 against their float32 selves, whose tokens they are made to repeat: the largest
+error of a logit in each engine, as a share of the largest logit; `times` is the captured engine's over the loop's.
+Kernels that serve half precision alone take part in this comparison.
+
 `captions`: scenes answered by pico in bfloat16 in pairs of engines and batch sizes; `share` of the captions that
 differ, which rounding makes greater than zero. Exit code 1 if tokens differ.
 """
@@ -21,11 +25,14 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import vlmfix
 from benchmarks.engine_cases import KINDS
@@ -38,8 +45,12 @@ FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "internvl", "idefic
 TIE = 1e-4
 """Logits that are closer than this may change places by rounding."""
 RECIPES = ("greedy", "var", "vcd")
+ROUNDED = ("greedy", "var", "vcd", "vhr_local")
+"""Methods compared in bfloat16."""
 NEW = 12
 """Tokens of the tiny models' answers."""
+CHUNK = 7
+"""Methods that a process takes at once."""
 PAIRS = ((("hf", 64), ("graph", 64)), (("hf", 64), ("hf", 1)), (("graph", 64), ("graph", 1)), (("hf", 1), ("graph", 1)))
 """What is compared: (engine, batch size) with another."""
 
@@ -81,13 +92,70 @@ def _apart(own: Any, other: torch.Tensor) -> dict[str, Any] | None:
     return {"step": step, "row": row, "margin": float(best[0] - best[1])}
 
 
-def tokens(families: list[str], methods: list[str], device: str, processes: int) -> list[dict[str, Any]]:
+def rounding_of(family: str, methods: list[str], device: str) -> list[dict[str, Any]]:
+    """Compares both engines in bfloat16 with float32 on one family: a row per method."""
+    torch.set_num_threads(1)
+    tiny = build(family, fresh=True)
+    model = tiny.model.to(device)
+    batch = {key: x.to(device) for key, x in tiny.inputs(tiny.rows, 0).items()}
+    exact = {name: _logits(model, name, "hf", batch)[0] for name in methods}
+    model = model.to(torch.bfloat16)
+    batch = {key: x.to(torch.bfloat16) if x.is_floating_point() else x for key, x in batch.items()}
+    rows = []
+    for name in methods:
+        row: dict[str, Any] = {"family": family, "method": name}
+        used: dict[str, Any] = {}
+        for engine in ("hf", "graph"):
+            found, used = _logits(model, name, engine, batch, exact[name].sequences)
+            row[engine] = _error(found, exact[name])
+        rows.append(
+            row | {"times": row["graph"] / row["hf"], "captured": used.get("captured"), "form": used.get("form")}
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Repeat(LogitsProcessor):
+    """Leaves no choice but the next token of known texts.
+
+    Args:
+        texts: [B, K] ids, prompts included.
+    """
+
+    texts: torch.Tensor
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """[B, V] scores with one finite entry each."""
+        token = self.texts[:, input_ids.shape[1], None]
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+
+def _logits(
+    model: Any, name: str, engine: str, batch: dict[str, Any], texts: torch.Tensor | None = None
+) -> tuple[Any, dict[str, Any]]:
+    options: dict[str, Any] = {"max_new_tokens": NEW, "output_logits": True, "return_dict_in_generate": True}
+    if texts is not None:
+        options["logits_processor"] = LogitsProcessorList([Repeat(texts)])
+    with vlmfix.wrap(model, None, TABLE[name].full, engine=engine) as vlm:
+        return vlm.generate(**batch, **options), vlm.report.get("engine", {})
+
+
+def _error(found: Any, exact: Any) -> float:
+    """The largest error of a logit by the largest logit."""
+    a, b = (torch.stack(x.logits).double() for x in (found, exact))
+    seen = b.isfinite()
+    return float((a - b).abs()[seen].max() / b.abs()[seen].max())
+
+
+def together(
+    call: Callable[..., list[dict[str, Any]]], families: list[str], methods: list[str], device: str, processes: int
+) -> list[dict[str, Any]]:
     """All families, several at once."""
+    jobs = [(family, methods[i : i + CHUNK], device) for family in families for i in range(0, len(methods), CHUNK)]
     if processes == 1:
-        return [row for family in families for row in tokens_of(family, methods, device)]
+        return [row for job in jobs for row in call(*job)]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = [pool.submit(tokens_of, family, methods, device) for family in families]
-        return [row for each in found for row in each.result()]
+        return [row for each in [pool.submit(call, *job) for job in jobs] for row in each.result()]
 
 
 def captions(count: int, recipe: str, device: str, dtype: str, new: int) -> list[dict[str, Any]]:
@@ -140,14 +208,16 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(given)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    report: dict[str, Any] = {**about(device), "dtype": options.dtype, "rows": [], "tokens": []}
+    report: dict[str, Any] = {**about(device), "dtype": options.dtype, "rows": [], "tokens": [], "rounding": []}
 
     def write() -> None:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
     begun = time.perf_counter()
     if options.only != "captions":
-        report["tokens"] = tokens(options.families, options.methods, device, options.processes)
+        report["tokens"] = together(tokens_of, options.families, options.methods, device, options.processes)
+        half = [name for name in ROUNDED if name in options.methods]
+        report["rounding"] = together(rounding_of, options.families, half, device, options.processes)
         report["tokens_seconds"] = time.perf_counter() - begun
         write()
     if options.only != "tokens":
@@ -167,7 +237,7 @@ def main(given: list[str] | None = None) -> int:
         f"{len(report['tokens'])} pairs, {len(graph)} in engine graph, {captured} of them captured, {ties} at a tie, "
     )
     sys.stderr.write(f"{found}{len(wrong)} differ or failed\n")
-    for row in report["rows"]:
+    for row in (*report["rounding"], *report["rows"]):
         sys.stderr.write(f"{row}\n")
     return int(bool(wrong))
 

@@ -195,7 +195,11 @@ def test_agreement_of_engines_is_reported(tmp_path, monkeypatch):
     given = ["--families", "llava", "--methods", "greedy", "opera", "--processes", "1", "--out", str(path)]
     monkeypatch.setitem(sessions.RECORDERS, "cpu", tape.record)
     assert agreement.main([*given, "--only", "tokens"]) == 0
-    greedy, opera = json.loads(path.read_text())["tokens"]
+    report = json.loads(path.read_text())
+    (greedy, opera), (half,) = report["tokens"], report["rounding"]
+    assert (half["method"], half["captured"], half["form"]) == ("greedy", True, "fused")
+    assert 1e-5 < half["graph"] < 0.1
+    assert half["times"] == half["graph"] / half["hf"]
     assert (greedy["method"], greedy["name"], greedy["captured"]) == ("greedy", "graph", True)
     assert (greedy["equal"], greedy["reused"]) == (True, True)
     assert opera["equal"]

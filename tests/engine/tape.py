@@ -28,7 +28,7 @@ class Tape(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in WAITING:
             raise WaitError(name)
-        if name == "_to_copy" and kwargs.get("device") is not None:
+        if name == "_to_copy" and torch.device(kwargs.get("device") or args[0].device) != args[0].device:
             raise WaitError("copy between devices")
         out = func(*args, **kwargs)
         taken = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
