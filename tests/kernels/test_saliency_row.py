@@ -62,6 +62,21 @@ def test_kernel(place, dtype, heads, n_kv, size, count):
         within_budget(one, two, three, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_another_type(place, dtype):
+    arguments, kw, _ = problem(place, 2, 6, 2, 37, 16, 3)
+    wide = saliency_row(*arguments, **kw)
+    with launching("saliency_row"):
+        got = saliency_row(*arguments, **kw, dtype=dtype)
+    torch.testing.assert_close(got.saliency, wide.saliency, rtol=0, atol=0)
+    with reference_only():
+        plain = saliency_row(*arguments, **kw, dtype=dtype)
+    for one, two, three in zip(got[1:], plain[1:], wide[1:], strict=True):
+        assert one.dtype == two.dtype == dtype
+        torch.testing.assert_close(one.float(), three, rtol=torch.finfo(dtype).eps, atol=1e-7)
+        torch.testing.assert_close(two.float(), three, rtol=max(1e-4, torch.finfo(dtype).eps), atol=1e-5)
+
+
 def test_far_from_the_log_sum_exp(place):
     """z - lse is not rounded to float32 on the way: at 60 that alone would cost 16 roundings of the result."""
     heads, size = 32, 16

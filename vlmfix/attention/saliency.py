@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from vlmfix.errors import Refusal
 from vlmfix.hf.attend import Look
 from vlmfix.hf.slots import SlotLayer
 from vlmfix.kernels.grouped_attention import grouped_attention
+from vlmfix.kernels.saliency_row import saliency_row
 from vlmfix.plan import Plan
 
 
@@ -30,7 +31,7 @@ class Tracer:
     targets: tuple[int, ...]
     tracing: bool = False
     _outs: dict[int, Tensor] = field(default_factory=dict, repr=False)
-    _rows: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _rows: dict[int, tuple[Callable[[Tensor], Tensor], Tensor]] = field(default_factory=dict, repr=False)
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
         """Starts the graph at the lowest target layer; other layers pass through."""
@@ -43,13 +44,12 @@ class Tracer:
         return hidden.detach().requires_grad_()
 
     def keep(self, layer: int, out: Tensor, look: Look, plans: Sequence[Plan]) -> None:
-        """Keeps a target layer's attention output [B, 1, H, D], its weights and its values."""
+        """Keeps a target layer's attention output [B, 1, H, D] and how its saliency follows from gradients."""
         if not self.tracing or layer not in self.targets:
             return
-        with torch.no_grad():
-            weights = _weights(look, plans)
         self._outs[layer] = out
-        self._rows[layer] = (weights, look.value.detach(), look.k_pos)
+        with torch.no_grad():
+            self._rows[layer] = _row(look, plans), look.k_pos
 
     def saliency(self, logits: Tensor, candidates: Tensor, slots: bool = False) -> list[tuple[Tensor, Tensor]]:
         """Saliency of each candidate, mean over heads; sliding layers have fewer keys than full ones.
@@ -75,10 +75,9 @@ class Tracer:
             grads = torch.autograd.grad(logits, outs, upstream, is_grads_batched=True)
         parts = []
         for layer, grad in zip(self.targets, grads, strict=True):
-            weights, value, k_pos = self._rows[layer]
-            dout = grad[:, :, 0].float().unflatten(2, (value.shape[1], -1))  # [C, B, Hkv, H / Hkv, D]
-            dweights = torch.einsum("cbgrd,bgkd->cbgrk", dout, value.float()).flatten(2, 3)
-            parts.append(((weights[None, :, :, 0] * dweights).abs().mean(2).transpose(0, 1), k_pos))
+            row, k_pos = self._rows[layer]
+            with torch.no_grad():
+                parts.append((row(grad[:, :, 0].transpose(0, 1)), k_pos))
         return parts
 
     def stop(self, cache: object) -> None:
@@ -124,6 +123,27 @@ def score(saliency: Tensor, counted: Tensor) -> Tensor:
     rows = saliency / saliency.norm(dim=-1, keepdim=True).clamp(min=1e-9)
     count = counted.sum(-1)[:, None].clamp(min=1)
     return torch.where(counted[:, None], rows, 0.0).sum(-1) / count
+
+
+def _row(look: Look, plans: Sequence[Plan]) -> Callable[[Tensor], Tensor]:
+    """What makes the saliency [B, C, K] of the one query from gradients [B, C, H, D] of the attention's output."""
+    heads, value = look.query.shape[1], look.value.detach()
+    if look.known:
+        query, key = look.query.detach(), look.key.detach()
+        lse, own, start = (look.known[name] for name in ("lse", "own", "start"))
+
+        def fused(grad: Tensor) -> Tensor:
+            return saliency_row(query, key, value, lse, grad, look.scale, own, start=start).saliency / heads
+
+        return fused
+    weights = _weights(look, plans)[:, None, :, 0]
+
+    def row(grad: Tensor) -> Tensor:
+        dout = grad.float().unflatten(2, (value.shape[1], -1))  # [B, C, Hkv, H / Hkv, D]
+        dweights = torch.einsum("bcgrd,bgkd->bcgrk", dout, value.float()).flatten(2, 3)
+        return (weights * dweights).abs().mean(2)
+
+    return row
 
 
 def _weights(look: Look, plans: Sequence[Plan]) -> Tensor:

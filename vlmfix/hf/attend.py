@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -39,6 +39,7 @@ class Look:
         q_pos: [Q] slots of the queries.
         how: softcap, sinks and causal.
         slots: [K] slots of the keys, where they do not follow from their number.
+        known: "lse", "own" and "start" as `saliency_row` takes them, of a single query that was traced.
     """
 
     query: Tensor
@@ -49,6 +50,7 @@ class Look:
     q_pos: Tensor
     how: dict[str, Any]
     slots: Tensor | None = None
+    known: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def k_pos(self) -> Tensor:
@@ -258,5 +260,6 @@ def _attend_traced(
         out = grouped_attention(query, key, value, plans, None, scale, frame.slot, seen.k_pos, spans=spans, **how)
     else:
         packed = frame.plans[layer][1] if layer in frame.plans else None
-        out = attend_one(query, fed, key, value, frame, seen, scale, how["sinks"], packed)
+        out, known = attend_one(query, fed, key, value, frame, seen, scale, how["sinks"], packed)
+        look.known.update(known)
     return out.transpose(1, 2).contiguous()

@@ -25,7 +25,7 @@ def attend_one(
     scale: float,
     sinks: Tensor | None,
     packed: Packed | None,
-) -> Tensor:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Attention that nothing changes; all keys but the query's own are constants for its gradient.
 
     Args:
@@ -40,7 +40,7 @@ def attend_one(
         packed: `frame.nothing` as the kernels read it, if known.
 
     Returns:
-        [B, H, 1, Dv].
+        [B, H, 1, Dv], and lse, own and start of the row as `saliency_row` takes them.
     """
     found: dict[str, Tensor] = {}
     plan = replace(frame.nothing, statistics=frozenset({"lse"}), sink=found.__setitem__)
@@ -49,9 +49,9 @@ def attend_one(
         out = grouped_attention(
             query, key, value, (plan,), None, scale, frame.slot, seen.k_pos, spans=(seen.low, seen.high), **rest
         )
-    lse, start = found["lse"][:, :, 0], seen.low[:, 0]
-    traced: Tensor = _Row.apply(query, *fed, out, key, value, lse, seen.own, start, scale)  # type: ignore[no-untyped-call]
-    return traced
+    known = {"lse": found["lse"][:, :, 0], "own": seen.own, "start": seen.low[:, 0]}
+    traced: Tensor = _Row.apply(query, *fed, out, key, value, *known.values(), scale)  # type: ignore[no-untyped-call]
+    return traced, known
 
 
 class _Row(torch.autograd.Function):
@@ -73,5 +73,6 @@ def _gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, own: Tensor, start: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
     """Gradients [C, B, heads, 1, size] from [C, B, H, 1, Dv]."""
-    row = saliency_row(query, key, value, lse, grad[:, :, :, 0].transpose(0, 1), scale, own, start=start)
-    return tuple(x.transpose(0, 1)[:, :, :, None].to(query.dtype) for x in (row.dq, row.dk_self, row.dv_self))
+    grad = grad[:, :, :, 0].transpose(0, 1)
+    row = saliency_row(query, key, value, lse, grad, scale, own, start=start, dtype=query.dtype)
+    return tuple(x.transpose(0, 1)[:, :, :, None] for x in (row.dq, row.dk_self, row.dv_self))

@@ -36,7 +36,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
 
 def rotary_gradients(grads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     """Gradients of q, of k or of both in one launch; each as in `reference.rotary_gradient`."""
-    if not use_triton(*grads, cos, sin) or not cos.dtype == sin.dtype or any(x.dtype != cos.dtype for x in grads):
+    if not use_triton(*grads, cos, sin) or cos.dtype != sin.dtype or any(x.dtype != cos.dtype for x in grads):
         return tuple(reference.rotary_gradient(grad, cos, sin) for grad in grads)
     from vlmfix.kernels.rotary import triton
 

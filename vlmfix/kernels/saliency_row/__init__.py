@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vlmfix.kernels.dispatch import rows_contiguous, use_triton
@@ -22,6 +23,7 @@ def saliency_row(
     *,
     start: Tensor | None = None,
     bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> SaliencyRow:
     """Attention times gradient of one query row for C candidates; arguments and result as in `reference.saliency_row`.
 
@@ -38,9 +40,9 @@ def saliency_row(
     if d_out.shape[0] != batch or d_out.shape[2:] != (heads, v.shape[3]):
         raise ValueError(f"d_out {tuple(d_out.shape)}: expected [{batch}, C, {heads}, {v.shape[3]}]")
     if not use_triton(q, k, v):
-        return reference.saliency_row(q, k, v, lse, d_out, scale, own, start, bias)
+        return reference.saliency_row(q, k, v, lse, d_out, scale, own, start, bias, dtype)
     from vlmfix.kernels.saliency_row import triton
 
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     bias = None if bias is None else rows_contiguous(bias)
-    return SaliencyRow(*triton.saliency_row(q, k, v, lse, d_out, scale, own, start, bias))
+    return SaliencyRow(*triton.saliency_row(q, k, v, lse, d_out, scale, own, start, bias, dtype))

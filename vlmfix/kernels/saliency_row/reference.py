@@ -34,6 +34,7 @@ def saliency_row(
     own: Tensor,
     start: Tensor | None = None,
     bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> SaliencyRow:
     """Attention times gradient of one query row, for C candidates at once, and the exact backward through that row.
 
@@ -52,17 +53,18 @@ def saliency_row(
         own: [B] index of the query's own key; later keys are invisible.
         start: [B] first visible key (left padding).
         bias: [B or 1, 1 or H, K] added to the scores before the softmax that made lse.
+        dtype: of the gradients; the saliency's without.
     """
     batch, heads = q.shape[:2]
     n_kv, keys = k.shape[1], k.shape[2]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k, v, d_out = (x.to(dtype) for x in (q, k, v, d_out))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, d_out = (x.to(wide) for x in (q, k, v, d_out))
     z = torch.einsum("bgsd,bgnd->bgsn", q[:, :, 0].unflatten(1, (n_kv, -1)), k).flatten(1, 2) * scale
-    z = z if bias is None else z + bias.to(dtype)
+    z = z if bias is None else z + bias.to(wide)
     index = torch.arange(keys, device=q.device)
     seen = index <= own[:, None]
     seen = seen if start is None else seen & (index >= start[:, None])
-    lse = lse.to(dtype)[..., None]
+    lse = lse.to(wide)[..., None]
     a = torch.where(seen[:, None, :] & ~lse.isinf(), torch.exp(z - torch.where(lse.isinf(), 0.0, lse)), 0.0)
     dp = torch.einsum("bcgsd,bgnd->bcgsn", d_out.unflatten(2, (n_kv, -1)), v).flatten(2, 3)
     part = a[:, None] * dp
@@ -73,4 +75,4 @@ def saliency_row(
     a_own = a.gather(2, at_own[:, 0])[:, None]
     dk = (ds_own * scale * q[:, None, :, 0]).unflatten(2, (n_kv, -1)).sum(3)
     dv = (a_own * d_out).unflatten(2, (n_kv, -1)).sum(3)
-    return SaliencyRow(part.abs().sum(2), dq, dk, dv)
+    return SaliencyRow(part.abs().sum(2), *(x.to(dtype or wide) for x in (dq, dk, dv)))

@@ -177,7 +177,7 @@ def _finish(
 @operation("saliency_row")
 def saliency_row(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d_out: Tensor, scale: float, own: Tensor, start: Tensor | None,
-    bias: Tensor | None,
+    bias: Tensor | None, dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The four results of `reference.saliency_row`."""
     batch, heads, _, size = q.shape
@@ -188,7 +188,7 @@ def saliency_row(
     part = torch.empty(batch, heads, count, keys, device=q.device, dtype=torch.float32)
     acc = torch.empty(batch, heads, splits, count + 1, size, device=q.device, dtype=torch.float32)
     total = torch.empty(batch, heads, splits, count + 1, device=q.device, dtype=torch.float32)
-    results = _results(q, k, v, d_out)
+    results = _results(q, k, v, d_out, dtype)
     lse, d_out = lse.contiguous(), d_out.contiguous()
     strides = (
         q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3],
@@ -225,12 +225,15 @@ def _config(rows: int, keys: int, size: int, processors: int) -> tuple[int, int,
 
 
 @saliency_row.register_fake
-def _(q, k, v, lse, d_out, scale, own, start, bias):
-    return _results(q, k, v, d_out)
+def _(q, k, v, lse, d_out, scale, own, start, bias, dtype):
+    return _results(q, k, v, d_out, dtype)
 
 
-def _results(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _results(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, count, heads, size_v = d_out.shape
-    shapes = (k.shape[2],), (heads, q.shape[3]), (k.shape[1], q.shape[3]), (k.shape[1], size_v)
-    one, two, three, four = (torch.empty(batch, count, *x, device=q.device, dtype=torch.float32) for x in shapes)
-    return one, two, three, four
+    shapes = (heads, q.shape[3]), (k.shape[1], q.shape[3]), (k.shape[1], size_v)
+    saliency = torch.empty(batch, count, k.shape[2], device=q.device, dtype=torch.float32)
+    dq, dk, dv = (torch.empty(batch, count, *x, device=q.device, dtype=dtype or torch.float32) for x in shapes)
+    return saliency, dq, dk, dv
