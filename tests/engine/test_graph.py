@@ -100,6 +100,28 @@ def test_a_longer_prompt_of_the_same_bucket_reuses_the_step(recipe):
             lab.assert_same(got, lab.trace(loop.generate, inputs, max_new_tokens=NEW), 5e-5)
 
 
+@pytest.mark.parametrize("recipe", ["greedy", "pai", "vhr_local", TABLE["vcd"].full, SALIENCY[0]])
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl"])
+def test_a_step_serves_prompts_of_half_its_room(family, recipe, monkeypatch):
+    monkeypatch.setattr(graph, "BUCKET", 1)
+    tiny = lab.under(family)
+    with graphed(family, recipe) as vlm, vlmfix.wrap(tiny.model, None, recipe, engine="hf") as loop:
+        for length, new, reused in (
+            (20, NEW, False),
+            (6, NEW, True),
+            (14, NEW - 2, True),
+            (21, NEW, False),
+            (9, NEW, True),
+        ):
+            inputs = tiny.inputs((1, 1), length, text_length=length)
+            got = lab.trace(vlm.generate, inputs, max_new_tokens=new)
+            lab.assert_same(got, lab.trace(loop.generate, inputs, max_new_tokens=new), 5e-5)
+            assert vlm.report["engine"]["reused"] == reused, length
+        monkeypatch.setattr(graph, "ROOMY", 0.5)
+        vlm.generate(**inputs, max_new_tokens=NEW)
+        assert not vlm.report["engine"]["reused"]
+
+
 def both(recipe, inputs, **options):
     """The same call in either engine."""
     outs = []

@@ -114,7 +114,7 @@ def lacking(prefilled: Prefilled, capacity: int) -> int:
     """
     more = 0
     for layer in prefilled.cache.layers:
-        if isinstance(layer, GrowingLayer) and layer.own is not None:
+        if isinstance(layer, GrowingLayer) and layer.capacity == capacity and layer.own is not None:
             continue  # it lies in buffers of its own, which stay
         slots = min(capacity, getattr(layer, "sliding_window", None) or capacity)
         for tensor in (layer.keys, layer.values):

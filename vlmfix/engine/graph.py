@@ -29,6 +29,9 @@ PATIENCE = 8
 BUCKET = 64
 """Capacities are multiples of it, so that prompts of similar length share a captured step."""
 
+ROOMY = 2
+"""A captured step serves prompts that need this part of its capacity, so that few are captured where lengths vary."""
+
 KEPT = 2
 """Captured steps that are kept; each holds a cache."""
 
@@ -59,7 +62,7 @@ class Engine:
         self.kind, self.compile = kind, compile
         self._forms: tuple[Form, ...] = ()
         self._weights: Hashable = None
-        self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
+        self._sessions: OrderedDict[tuple[Hashable, int], Session] = OrderedDict()
         self._unfit = ""
         self._lock = threading.Lock()
         self._running: int | None = None
@@ -142,17 +145,18 @@ class Engine:
                 self._running = None
 
     def _prefilled(self, request: Request, task: Task) -> Prefilled:
-        """Reads the prompt, into the cache of a captured step of the same capacity if there is one."""
-        capacity = _capacity(request.length + task.room)
-        likely = (s.frame.cache for s in reversed(self._sessions.values()) if s.capacity == capacity)
-        slots.reserve(task.kwargs.get("past_key_values"), capacity, next(likely, None))
+        """Reads the prompt, into the cache of a captured step with room for it if there is one."""
+        needed = request.length + task.room
+        likely = next((s for s in reversed(self._sessions.values()) if _serves(s, needed)), None)
+        capacity, cache = (_capacity(needed), None) if likely is None else (likely.capacity, likely.frame.cache)
+        slots.reserve(task.kwargs.get("past_key_values"), capacity, cache)
         return task.prefill()
 
     def _decode(self, parts: Parts, request: Request, task: Task, prefilled: Prefilled) -> Any:
         choice = Choice(task)
         valid, positions = request.standing(prefilled.valid)
-        capacity = _capacity(valid.shape[1] + task.room)
-        session, reused = self._session(parts, request, task, choice, prefilled, positions.shape, capacity)
+        needed = valid.shape[1] + task.room
+        session, reused = self._session(parts, request, task, choice, prefilled, positions.shape, needed)
         token, processed = choice.first(task, prefilled.logits)
         seconds = session.capture_seconds
         session.start(request, choice, prefilled, token)
@@ -188,17 +192,19 @@ class Engine:
         choice: Choice,
         prefilled: Prefilled,
         shape: torch.Size,
-        capacity: int,
+        needed: int,
     ) -> tuple[Session, bool]:
         """A session that fits, and whether it was made before."""
         ends = None if task.ends is None else tuple(task.ends.tolist())
-        shapes = (len(prefilled.valid), shape, request.copies, capacity)
+        shapes = (len(prefilled.valid), shape, request.copies)
         weights = addresses(parts)
         key = (*shapes, ends, task.fill, choice.key, id(request.parts), weights, numbers(prefilled))
-        session = self._sessions.pop(key, None)
+        place = next((at for at, s in reversed(self._sessions.items()) if at[0] == key and _serves(s, needed)), None)
+        session = None if place is None else self._sessions.pop(place)
         reused = session is not None and session.fits(request)
         if session is None or not reused:
             session = None  # it holds a cache
+            capacity = _capacity(needed)
             while len(self._sessions) >= KEPT or (self._sessions and lacking(prefilled, capacity)):
                 self._sessions.popitem(last=False)
             if missing := lacking(prefilled, capacity):
@@ -206,8 +212,12 @@ class Engine:
             if self._weights != weights:
                 self._forms, self._weights = forms(parts, self.compile), weights
             session = Session(parts, request, task, choice, prefilled, capacity, self._forms)
-        self._sessions[key] = session
+        self._sessions[key, session.capacity] = session
         return session, reused
+
+
+def _serves(session: Session, needed: int) -> bool:
+    return needed <= session.capacity <= ROOMY * _capacity(needed)
 
 
 def _capacity(slots: int) -> int:
