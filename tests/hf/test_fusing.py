@@ -84,6 +84,52 @@ def test_what_only_looks_like_one_is_left_alone():
             assert torch.allclose(norm(x), found.forwards[norm](x), atol=1e-5)
 
 
+class Lookalike(nn.Module):
+    """What differs from a root-mean-square norm by less than roundings of random numbers of size one."""
+
+    def __init__(self, kind, width, dtype):
+        super().__init__()
+        self.kind, self.eps = kind, 1e-5
+        self.weight = nn.Parameter(torch.ones(width, dtype=dtype))
+
+    def forward(self, x):
+        wide = x.float()
+        if self.kind == "centred":
+            wide = wide - wide.mean(-1, keepdim=True)
+        square = wide.square().mean(-1, keepdim=True)
+        root = square.sqrt() + self.eps if self.kind == "eps outside" else (square + self.eps).sqrt()
+        return self.weight * (wide / root).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_norms_that_differ_by_little_on_random_numbers(dtype):
+    known = {kind: fusing._norm(Lookalike(kind, 4096, dtype)) is not None for kind in ("", "centred", "eps outside")}
+    assert known == {"": True, "centred": False, "eps outside": False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gates_that_differ_by_little_on_small_numbers(dtype):
+    class Gated(nn.Module):
+        def __init__(self, act):
+            super().__init__()
+            self.act = act
+            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(256, 256, bias=False) for _ in range(3))
+
+        def forward(self, x):
+            return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+    acts = {
+        "silu": nn.functional.silu,
+        "gelu": nn.functional.gelu,
+        "clamped": lambda g: nn.functional.silu(g.clamp(max=7)),
+    }
+    torch.manual_seed(0)
+    layers = {name: Gated(act) for name, act in acts.items()}
+    for layer in layers.values():
+        nn.init.normal_(layer.gate_proj.weight, std=0.08)
+    assert {k for k, layer in layers.items() if fusing._gated(layer.to(dtype)) is not None} == {"silu"}
+
+
 def test_another_rotary_embedding_is_left_alone(monkeypatch):
     def interleaved(q, k, cos, sin, unsqueeze_dim=1):
         def turned(x):
@@ -169,3 +215,42 @@ def test_other_modules_with_a_weight_and_an_eps():
     model.model.language_model.extra = Other()
     with hooks.installed(model) as parts:
         assert model.model.language_model.extra not in Fused(parts).forwards
+
+
+def test_forwards_of_others_are_kept():
+    model = build("llava", fresh=True).model
+    with hooks.installed(model) as parts:
+        found, norm = Fused(parts), parts.decoder.norm
+        norm.forward = lambda x: x
+        with found.applied():
+            assert norm(1) == 1
+    assert norm(1) == 1
+
+
+def test_projections_of_other_inputs_run_by_themselves():
+    model = build("llava", fresh=True).model
+    with hooks.installed(model) as parts:
+        attention = parts.blocks[0].self_attn
+        attention.k_proj = nn.Linear(3, 5)
+        found = Fused(parts)
+        with found.applied():
+            attention.q_proj(torch.randn(1, 1, parts.hidden_size))
+            attention.k_proj(torch.randn(1, 1, 3))
+
+
+def test_angles_of_another_type_are_the_models_business(monkeypatch):
+    """As in OLMo: angles in float32, results in the queries' type."""
+    from transformers.models.llama import modeling_llama
+
+    plain = getattr(modeling_llama, fusing.ROTARY)
+
+    def theirs(q, k, cos, sin):
+        return tuple(x.to(q.dtype) for x in plain(q, k, cos, sin))
+
+    monkeypatch.setattr(modeling_llama, fusing.ROTARY, theirs)
+    model = build("llava", fresh=True).model.bfloat16()
+    with hooks.installed(model) as parts:
+        attention = parts.blocks[0].self_attn
+        ours = Fused(parts).forwards[attention].__func__.__globals__[fusing.ROTARY]
+    q, k, cos, sin = (torch.randn(1, *n, 16) for n in ((4, 1), (2, 1), (1,), (1,)))
+    assert [x.dtype for x in ours(q.bfloat16(), k.bfloat16(), cos, sin)] == [torch.bfloat16] * 2

@@ -21,6 +21,9 @@ Forward = Callable[..., Any]
 ROTARY = "apply_rotary_pos_emb"
 """Name under which attention layers of transformers find the rotary embedding."""
 
+NORMED, GATED = (1.0, 1e-3), (1.0, 4.0)
+"""Sizes of the numbers that norms and gated layers are tried with: where eps shows, where a gate is clamped or bent."""
+
 
 class Fused:
     """Fused forms of those modules of a decoder whose results they are found to equal.
@@ -63,7 +66,8 @@ class Fused:
         Args:
             products: only products with weights, which compilers leave to libraries.
         """
-        modules: dict[Any, Forward] = self.products if products else self.forwards  # type: ignore[assignment]
+        chosen = self.products if products else self.forwards
+        modules: dict[Any, Forward] = {module: form for module, form in chosen.items() if _untouched(module)}
         try:
             for module, forward in modules.items():
                 module.forward = forward
@@ -116,10 +120,11 @@ def _products(layers: Sequence[nn.Linear], x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _projections(module: nn.Module) -> list[nn.Linear]:
-    """An attention layer's projections, if all are plain."""
+    """An attention layer's projections, if all are plain and could have one input."""
     layers = [getattr(module, f"{name}_proj", None) for name in "qkv"]
     found = [layer for layer in layers if layer is not None and _exact(layer)]
-    return found if len(found) == len(layers) else []
+    kinds = {(layer.in_features, layer.weight.dtype, layer.weight.device) for layer in found}
+    return found if len(found) == len(layers) and len(kinds) == 1 else []
 
 
 def _linear(module: nn.Module) -> Forward | None:
@@ -141,7 +146,7 @@ def _gated(module: nn.Module) -> Forward | None:
         inner = gated_linear(x, gate.weight, up.weight) if whole else silu_mul(gate(x), up(x))
         return down(inner)  # type: ignore[no-any-return]
 
-    return forward if _equal(module, forward, gate.in_features, gate.weight) else None
+    return forward if _equal(module, forward, gate.in_features, gate.weight, GATED) else None
 
 
 def _norm(module: nn.Module) -> Forward | None:
@@ -153,7 +158,7 @@ def _norm(module: nn.Module) -> Forward | None:
     def forward(hidden_states: Tensor) -> Tensor:
         return rms_norm(hidden_states, module.weight, eps)  # type: ignore[arg-type]
 
-    return forward if _equal(module, forward, weight.shape[0], weight) else None
+    return forward if _equal(module, forward, weight.shape[0], weight, NORMED) else None
 
 
 def _rotated(module: nn.Module) -> Forward | None:
@@ -169,7 +174,7 @@ def _rotated(module: nn.Module) -> Forward | None:
     trial = [torch.randn(size, generator=generator).to(weight.device, weight.dtype) for size in sizes]
 
     def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
-        if rest or named or cos.shape[-1] != q.shape[-1]:
+        if rest or named or q.dtype != cos.dtype or (cos.dim(), cos.shape[-1]) != (3, q.shape[-1]):  # not as tried
             return theirs(q, k, cos, sin, *rest, **named)  # type: ignore[misc]
         return rotary(q, k, cos, sin)
 
@@ -194,17 +199,18 @@ def _exact(layer: Any) -> TypeGuard[nn.Linear]:
     return type(weight.data) is Tensor and weight.is_floating_point() and not weight.is_meta
 
 
-def _equal(module: nn.Module, forward: Forward, width: int, like: Tensor) -> bool:
-    """Whether both forms of a module give the same for random numbers [1, 2, width]."""
+def _equal(module: nn.Module, forward: Forward, width: int, like: Tensor, sizes: Sequence[float]) -> bool:
+    """Whether both forms of a module give the same for random numbers [1, sizes, width], whose mean is not zero."""
     if not like.is_floating_point() or like.is_meta:
         return False
     generator = torch.Generator().manual_seed(0)
-    return _alike(module, forward, torch.randn(1, 2, width, generator=generator).to(like.device, like.dtype))
+    x = (torch.randn(1, len(sizes), width, generator=generator) + 1) * torch.tensor(sizes)[:, None]
+    return _alike(module, forward, x.to(like.device, like.dtype))
 
 
 @torch.no_grad()
 def _alike(theirs: Any, ours: Forward, *inputs: Tensor) -> bool:
-    """Whether both give the same up to a rounding or two."""
+    """Whether both give the same up to a rounding or two of each row's largest number."""
     try:
         want, got = (out if isinstance(out, tuple) else (out,) for out in (theirs(*inputs), ours(*inputs)))
     except Exception:  # something else, which takes other arguments
@@ -215,5 +221,5 @@ def _alike(theirs: Any, ours: Forward, *inputs: Tensor) -> bool:
 def _close(want: Any, got: Tensor) -> bool:
     if not isinstance(want, Tensor) or want.shape != got.shape or want.dtype != got.dtype:
         return False
-    scale = want.abs().amax().clamp(min=1e-20)
-    return bool(((want - got).abs().amax() <= 4 * torch.finfo(want.dtype).eps * scale).all())
+    error, scale = (x.abs().amax(-1) for x in (want - got, want))
+    return bool((error <= 4 * torch.finfo(want.dtype).eps * scale).all())
