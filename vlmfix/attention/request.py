@@ -204,7 +204,7 @@ class Request:
             for rows, k_pos in tracer.saliency(logits, candidates, self.frame is not None):
                 generated = (k_pos >= start) & (k_pos <= self.q_pos[-1])
                 parts.append(score(rows, generated[None]))
-            return torch.stack(parts).mean(0)
+            return torch.cat(parts).mean(0)
 
         return scores
 

@@ -60,7 +60,7 @@ class Tracer:
             slots: whether attention went over a cache of fixed size, whose gradients take all candidates at once.
 
         Returns:
-            Per target layer [B, C, K] float32 and the slots [K] of its keys.
+            Of all target layers with the same keys [layers, B, C, K] float32 and the slots [K] of the keys.
         """
         outs = [self._outs[layer] for layer in self.targets]
 
@@ -73,12 +73,12 @@ class Tracer:
             grads = torch.vmap(pulled)(upstream)
         else:  # torch.vmap warns of attention functions that it does not know
             grads = torch.autograd.grad(logits, outs, upstream, is_grads_batched=True)
-        parts = []
-        for layer, grad in zip(self.targets, grads, strict=True):
-            row, k_pos = self._rows[layer]
-            with torch.no_grad():
-                parts.append((row(grad[:, :, 0].transpose(0, 1)), k_pos))
-        return parts
+        parts: dict[int, tuple[list[Tensor], Tensor]] = {}
+        with torch.no_grad():
+            for layer, grad in zip(self.targets, grads, strict=True):
+                row, k_pos = self._rows[layer]
+                parts.setdefault(id(k_pos), ([], k_pos))[0].append(row(grad[:, :, 0].transpose(0, 1)))
+            return [(torch.stack(rows), k_pos) for rows, k_pos in parts.values()]
 
     def stop(self, cache: object) -> None:
         """Ends the graph: gradients off, and no cached key keeps it alive."""
@@ -111,14 +111,14 @@ def direction(logits: Tensor, candidates: Tensor) -> Tensor:
 
 
 def score(saliency: Tensor, counted: Tensor) -> Tensor:
-    """Score of each candidate in one layer: mean over counted keys of the L2-normalised row.
+    """Score of each candidate in each layer: mean over counted keys of the L2-normalised row.
 
     Args:
-        saliency: [B, C, K].
+        saliency: [..., B, C, K].
         counted: [B or 1, K] bool, J.
 
     Returns:
-        [B, C]; zero where J is empty.
+        [..., B, C]; zero where J is empty.
     """
     rows = saliency / saliency.norm(dim=-1, keepdim=True).clamp(min=1e-9)
     count = counted.sum(-1)[:, None].clamp(min=1)

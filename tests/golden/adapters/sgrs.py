@@ -65,7 +65,7 @@ def _metric(case: dict[str, Any], arrays: dict[str, Tensor]) -> None:
                     use_cache=True,
                 )
     expected = arrays["saliency_norm"][:, :, case["hyper"]["target_layers"]]
-    rows = torch.stack([row / row.norm(dim=-1, keepdim=True) for row, _ in traced.rows], 2)
+    rows = torch.cat([row / row.norm(dim=-1, keepdim=True) for row, _ in traced.rows]).movedim(0, 2)
     close(rows, expected, RELATIVE * float(expected.abs().max()), "normalised saliency rows")
     close(traced.scores, arrays["score"], RELATIVE * float(arrays["score"].abs().max()), "scores")
 

@@ -201,6 +201,44 @@ def grouped_merge(
     The fused rule: arguments [B, n], name ("" for none), index of its plan in `active`, place and size of the plan's
     group id within the joint id, whether it needs all heads. n_groups joint groups, doubled if weighted.
     """
+    return _joined(
+        acc, stat, factors, sinks, head_scale, active, q_pos, arguments, rule, rule_plan, radix, size, pooled, n_groups,
+        weighted, dtype, None, None,
+    )  # fmt: skip
+
+
+@grouped_merge.register_fake
+def _(acc, stat, factors, sinks, head_scale, active, q_pos, *rest):
+    return _output(acc, q_pos, *rest[-3:])
+
+
+@operation("grouped_merge_counted")
+def grouped_merge_counted(
+    acc: Tensor, stat: Tensor, factors: Tensor | None, sinks: Tensor | None, head_scale: Tensor | None, active: Tensor,
+    q_pos: Tensor, arguments: Tensor | None, rule: str, rule_plan: int, radix: int, size: int, pooled: bool,
+    n_groups: int, weighted: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `grouped_merge` and `grouped_masses` return, in one launch."""
+    heads = acc.shape[3] // (n_groups * (2 if weighted else 1) * q_pos.shape[0]) * acc.shape[1]
+    masses, lse = _counts(stat, q_pos, heads, n_groups, weighted)
+    out = _joined(
+        acc, stat, factors, sinks, head_scale, active, q_pos, arguments, rule, rule_plan, radix, size, pooled, n_groups,
+        weighted, dtype, masses, lse,
+    )  # fmt: skip
+    return out, masses, lse
+
+
+@grouped_merge_counted.register_fake
+def _(acc, stat, factors, sinks, head_scale, active, q_pos, *rest):
+    out = _output(acc, q_pos, *rest[-3:])
+    return out, *_counts(stat, q_pos, out.shape[1], *rest[-3:-1])
+
+
+def _joined(
+    acc: Tensor, stat: Tensor, factors: Tensor | None, sinks: Tensor | None, head_scale: Tensor | None, active: Tensor,
+    q_pos: Tensor, arguments: Tensor | None, rule: str, rule_plan: int, radix: int, size: int, pooled: bool,
+    n_groups: int, weighted: bool, dtype: torch.dtype, masses: Tensor | None, lse: Tensor | None,
+) -> Tensor:  # fmt: skip
     out = _output(acc, q_pos, n_groups, weighted, dtype)
     batch, heads, queries, _ = out.shape
     launches["grouped_merge"] += 1
@@ -214,19 +252,14 @@ def grouped_merge(
         "FACTORS": factors is not None,
         "HEAD_SCALE": head_scale is not None,
         "OUT": True,
-        "MASSES": False,
+        "MASSES": masses is not None,
     }
     _launch(
-        (stat, acc, factors, sinks, head_scale, active, q_pos, arguments, out, None, None), rule_plan, out.stride()[:3],
+        (stat, acc, factors, sinks, head_scale, active, q_pos, arguments, out, masses, lse), rule_plan, out.stride()[:3],
         (batch, heads, queries, n_groups, weighted, out.shape[3]), pooled,
         {"P": active.shape[0], "SINKS": sinks is not None, **constants},
     )  # fmt: skip
     return out
-
-
-@grouped_merge.register_fake
-def _(acc, stat, factors, sinks, head_scale, active, q_pos, *rest):
-    return _output(acc, q_pos, *rest[-3:])
 
 
 @operation("grouped_masses")
@@ -235,8 +268,7 @@ def grouped_masses(
 ) -> tuple[Tensor, Tensor]:
     """Masses [B, H, Q, R] and log-sum-exp [B, H, Q], float32, of partial results; parameters as in `grouped_merge`."""
     batch, queries = stat.shape[1], q_pos.shape[0]
-    masses = stat.new_empty(batch, heads, queries, n_groups * (2 if weighted else 1))
-    lse = stat.new_empty(batch, heads, queries)
+    masses, lse = _counts(stat, q_pos, heads, n_groups, weighted)
     launches["grouped_masses"] += 1
     constants = {
         "P": 0,
@@ -261,6 +293,10 @@ def grouped_masses(
 
 @grouped_masses.register_fake
 def _(stat, sinks, q_pos, heads, n_groups, weighted):
+    return _counts(stat, q_pos, heads, n_groups, weighted)
+
+
+def _counts(stat: Tensor, q_pos: Tensor, heads: int, n_groups: int, weighted: bool) -> tuple[Tensor, Tensor]:
     batch, queries = stat.shape[1], q_pos.shape[0]
     masses = stat.new_empty(batch, heads, queries, n_groups * (2 if weighted else 1))
     return masses, stat.new_empty(batch, heads, queries)
