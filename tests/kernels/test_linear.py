@@ -86,7 +86,8 @@ def test_gradient_of_layers(place, dtype, rows):
     plain = pulled(reference.linears(plain_x, weights, biases), plain_x, grads)
     wide = [[y.double() for y in part] for part in (weights, biases, grads)]
     exact = pulled(reference.linears(exact_x, *wide[:2]), exact_x, wide[2])
-    got = pulled(out, x, grads)
+    with launching(*(["linears_gradient"] if dtype in HALVES else [])):
+        got = pulled(out, x, grads)
     assert got.dtype == dtype
     within_budget(got, plain, exact, dtype)
 
@@ -107,6 +108,24 @@ def test_gradient_of_a_gated_layer(place, dtype, rows):
     within_budget(out.detach(), plain_out.detach(), exact_out.detach(), dtype)
     exact = pulled([exact_out], exact_x, [grads[0].double()])
     within_budget(got, pulled([plain_out], plain_x, grads), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("rows", [1, 17, 32])
+@pytest.mark.parametrize("sizes", [(70,), (33, 64), (7, 130, 40)], ids=str)
+def test_gradients_over_many_shares(place, dtype, rows, sizes):
+    width = place(70, 1500)
+    triton_gradient = pytest.importorskip("vlmfix.kernels.linear.triton_gradient")
+    grads = [place.randn(rows, place(n, 37 * n), dtype=dtype) for n in sizes]
+    weights = [place.randn(grad.shape[1], width, dtype=dtype) / width**0.5 for grad in grads]
+    exact = reference.linears_gradient([g.double() for g in grads], [w.double() for w in weights])
+    plain = reference.linears_gradient(grads, weights)
+    with launching("linears_gradient"):
+        within_budget(linears_gradient(grads, weights), plain, exact, dtype)
+    usual = triton_gradient.launch([len(w) for w in weights], width, rows, grads[0].device.index)
+    for shares in (1, 3, 8):
+        got = triton_gradient.linears_gradient(grads, weights, usual._replace(shares=shares))
+        within_budget(got, plain, exact, dtype)
 
 
 @pytest.mark.parametrize("used", [(0,), (2,), (0, 1), (0, 1, 2)], ids=str)

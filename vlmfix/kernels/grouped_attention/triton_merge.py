@@ -255,8 +255,8 @@ def _joined(
         "MASSES": masses is not None,
     }
     _launch(
-        (stat, acc, factors, sinks, head_scale, active, q_pos, arguments, out, masses, lse), rule_plan, out.stride()[:3],
-        (batch, heads, queries, n_groups, weighted, out.shape[3]), pooled,
+        (stat, acc, factors, sinks, head_scale, active, q_pos, arguments, out, masses, lse),
+        rule_plan, out.stride()[:3], (batch, heads, queries, n_groups, weighted, out.shape[3]), pooled,
         {"P": active.shape[0], "SINKS": sinks is not None, **constants},
     )  # fmt: skip
     return out

@@ -50,11 +50,15 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
 
 def linears_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """Gradient of x; arguments and result as in `reference.linears_gradient`."""
-    (first, *others), (weight, *rest) = grads, weights
-    out = torch.mm(_rows(first), weight)
-    for grad, weight in zip(others, rest, strict=True):
-        out.addmm_(_rows(grad), weight)
-    return out.view(*first.shape[:-1], -1)
+    shape, rows = grads[0].shape[:-1], [_rows(grad) for grad in grads]
+    if len(rows) <= TOGETHER and _served(grads[0], *rows, *weights):
+        from vlmfix.kernels.linear import triton_gradient
+
+        return triton_gradient.linears_gradient(rows, weights).view(*shape, -1)
+    out = torch.mm(rows[0], weights[0])
+    for grad, weight in zip(rows[1:], weights[1:], strict=True):
+        out.addmm_(grad, weight)
+    return out.view(*shape, -1)
 
 
 def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
