@@ -30,6 +30,7 @@ SALIENCY = (
     "sgrs(alpha=1,window=0)",
     "sgrs(alpha=0.9,draw='sample',seed=1,layers=(1,2))",
     TABLE["var"].full + "+sgrs(alpha=1)",
+    "vhr(alpha=4)+sgrs(alpha=1,window=2)",
 )
 
 
@@ -120,6 +121,17 @@ def test_a_step_serves_prompts_of_half_its_room(family, recipe, monkeypatch):
         monkeypatch.setattr(graph, "ROOMY", 0.5)
         vlm.generate(**inputs, max_new_tokens=NEW)
         assert not vlm.report["engine"]["reused"]
+
+
+@pytest.mark.parametrize("engine", ["hf", "graph"])
+def test_heads_stay_scaled_beside_a_late_branch(engine):
+    """The branch has next to no weight, so what is left is what the heads' scales alone give."""
+    recipe, rows = "vhr(alpha=3)", (1, 2)
+    with vlmfix.wrap(lab.under("llava").model, None, f"{recipe}+{TABLE['avisc'].whisper}", engine=engine) as vlm:
+        got = lab.trace(vlm.generate, lab.under("llava").inputs(rows), max_new_tokens=NEW)
+    want = lab.fixed("llava", recipe, rows, max_new_tokens=NEW)
+    lab.assert_same(got, want, 5e-5)
+    assert lab.difference(want.logits[1], lab.plain("llava", rows, max_new_tokens=NEW).logits[1]) > 1e-2
 
 
 def both(recipe, inputs, **options):

@@ -69,6 +69,7 @@ class Layers:
         both.layers_touched = [a | b for a, b in zip(upper.layers_touched, lower.layers_touched, strict=True)]
         both.notes = _stacked(upper.notes, lower.notes)
         both._memory = _stacked(upper._memory, lower._memory)
+        both._scales = {k: torch.cat([t, t.new_ones(lower.layout.rows, t.shape[1])]) for k, t in upper._scales.items()}
         return both
 
     def take(self, rows: Tensor) -> None:

@@ -370,9 +370,9 @@ class Request:
 
     def finish(self, layer: int, out: Tensor) -> Tensor:
         """Last word on a layer's output [B, Q, H, D]."""
+        if self._tracer is not None and self._looked is not None:  # gradients hold the scales of heads, as plans do
+            self._tracer.keep(layer, out, *self._looked)
         out = self.layers.finish(layer, out)
         if self.observations and self._looked is not None:
             self._watch(layer, *self._looked)
-        if self._tracer is not None and self._looked is not None:
-            self._tracer.keep(layer, out, *self._looked)
         return out
