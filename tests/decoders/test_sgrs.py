@@ -32,3 +32,20 @@ def test_the_threshold_is_a_share_of_the_mean_of_the_last_committed(window, monk
             torch.testing.assert_close(taus[-1], expected)
     assert len(taus) == 6
     assert notes["history"].shape == (2, max(window, 1))
+
+
+@pytest.mark.parametrize(
+    ("saliency", "chosen"),
+    [
+        ([0.5, 0.9, 0.9, 1.0], 0),
+        ([0.4, 0.6, 0.9, 1.0], 1),
+        ([0.4, 0.1, 0.5, 1.0], 2),
+        ([0.4, 0.1, 0.2, 1.0], 3),
+        ([0.4, 0.1, 0.2, 0.3], 0),
+    ],
+)
+def test_candidates_come_by_probability(saliency, chosen):
+    probs = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.4, 0.3, 0.2, 0.1]])  # a tie, as between underflown probabilities
+    table = torch.tensor([saliency, saliency])
+    choice = sgrs.choose(probs, table, torch.tensor([0.5, 0.5]), 3, None)
+    assert choice.tolist() == [chosen, chosen]

@@ -69,8 +69,12 @@ def test_gradients_of_another_type(place, dtype):
     with launching("saliency_row"):
         got = saliency_row(*arguments, **kw, dtype=dtype)
     torch.testing.assert_close(got.saliency, wide.saliency, rtol=0, atol=0)
+    alone = saliency_row(*arguments, **kw, dtype=dtype, only_gradients=True)
+    torch.testing.assert_close(alone[1:], got[1:], rtol=0, atol=0)
+    assert alone.saliency.shape == (2, 3, 0)
     with reference_only():
         plain = saliency_row(*arguments, **kw, dtype=dtype)
+        assert saliency_row(*arguments, **kw, only_gradients=True).saliency.shape == (2, 3, 0)
     for one, two, three in zip(got[1:], plain[1:], wide[1:], strict=True):
         assert one.dtype == two.dtype == dtype
         torch.testing.assert_close(one.float(), three, rtol=torch.finfo(dtype).eps, atol=1e-7)

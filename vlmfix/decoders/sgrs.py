@@ -111,6 +111,9 @@ def choose(probs: Tensor, saliency: Tensor, tau: Tensor, draws: int, uniforms: T
     Returns:
         [B].
     """
+    if uniforms is None:
+        passing = saliency[:, :draws] >= tau[:, None]
+        return torch.where(passing.any(1), passing.int().argmax(1), saliency.argmax(1))
     rejected = torch.zeros_like(probs, dtype=torch.bool)
     chosen = torch.full_like(tau, -1, dtype=torch.long)
     for r in range(draws):

@@ -74,5 +74,5 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     """Gradients [C, B, heads, 1, size] from [C, B, H, 1, Dv]."""
     grad = grad[:, :, :, 0].transpose(0, 1)
-    row = saliency_row(query, key, value, lse, grad, scale, own, start=start, dtype=query.dtype)
+    row = saliency_row(query, key, value, lse, grad, scale, own, start=start, dtype=query.dtype, only_gradients=True)
     return tuple(x.transpose(0, 1)[:, :, :, None] for x in (row.dq, row.dk_self, row.dv_self))

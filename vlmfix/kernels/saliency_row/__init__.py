@@ -24,6 +24,7 @@ def saliency_row(
     start: Tensor | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    only_gradients: bool = False,
 ) -> SaliencyRow:
     """Attention times gradient of one query row for C candidates; arguments and result as in `reference.saliency_row`.
 
@@ -40,9 +41,9 @@ def saliency_row(
     if d_out.shape[0] != batch or d_out.shape[2:] != (heads, v.shape[3]):
         raise ValueError(f"d_out {tuple(d_out.shape)}: expected [{batch}, C, {heads}, {v.shape[3]}]")
     if not use_triton(q, k, v):
-        return reference.saliency_row(q, k, v, lse, d_out, scale, own, start, bias, dtype)
+        return reference.saliency_row(q, k, v, lse, d_out, scale, own, start, bias, dtype, only_gradients)
     from vlmfix.kernels.saliency_row import triton
 
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     bias = None if bias is None else rows_contiguous(bias)
-    return SaliencyRow(*triton.saliency_row(q, k, v, lse, d_out, scale, own, start, bias, dtype))
+    return SaliencyRow(*triton.saliency_row(q, k, v, lse, d_out, scale, own, start, bias, dtype, only_gradients))

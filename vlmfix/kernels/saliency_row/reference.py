@@ -35,6 +35,7 @@ def saliency_row(
     start: Tensor | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    only_gradients: bool = False,
 ) -> SaliencyRow:
     """Attention times gradient of one query row, for C candidates at once, and the exact backward through that row.
 
@@ -54,6 +55,7 @@ def saliency_row(
         start: [B] first visible key (left padding).
         bias: [B or 1, 1 or H, K] added to the scores before the softmax that made lse.
         dtype: of the gradients; the saliency's without.
+        only_gradients: leaves the saliency out, [B, C, 0].
     """
     batch, heads = q.shape[:2]
     n_kv, keys = k.shape[1], k.shape[2]
@@ -75,4 +77,5 @@ def saliency_row(
     a_own = a.gather(2, at_own[:, 0])[:, None]
     dk = (ds_own * scale * q[:, None, :, 0]).unflatten(2, (n_kv, -1)).sum(3)
     dv = (a_own * d_out).unflatten(2, (n_kv, -1)).sum(3)
-    return SaliencyRow(part.abs().sum(2), *(x.to(dtype or wide) for x in (dq, dk, dv)))
+    saliency = part.abs().sum(2)[..., : 0 if only_gradients else None]
+    return SaliencyRow(saliency, *(x.to(dtype or wide) for x in (dq, dk, dv)))

@@ -48,7 +48,7 @@ def probability(z, lse):
 def _saliency(
     Q, K, V, Lse, DOut, Own, Start, Bias, Part, Acc, Total, scale, n_heads, n_kv, n_k, splits, q_b, q_h, k_b, k_h,
     k_n, v_b, v_h, v_n, bias_b, bias_h, C: tl.constexpr, CB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BD: tl.constexpr, BDV: tl.constexpr, N: tl.constexpr, START: tl.constexpr, BIAS: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr, N: tl.constexpr, START: tl.constexpr, BIAS: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """One program: one split of the keys of one query head."""
     split = tl.program_id(0)
@@ -101,8 +101,9 @@ def _saliency(
         part = a * tl.where((c == C)[:, None], 1.0, dp)
         acc += part[:, :, None] * k
         total += part
-        to = Part + (bh * C + c[:, None]) * n_k + j[None, :]
-        tl.store(to, tl.abs(part), mask=(c < C)[:, None] & here[None, :])
+        if ROW:
+            to = Part + (bh * C + c[:, None]) * n_k + j[None, :]
+            tl.store(to, tl.abs(part), mask=(c < C)[:, None] & here[None, :])
     line = (bh * splits + split) * (C + 1) + c
     tl.store(Total + line, tl.sum(total, 1), mask=c <= C)
     tl.store(Acc + line[:, None] * D + d[None, :], tl.sum(acc, 1), mask=(c <= C)[:, None] & (d < D)[None, :])
@@ -177,7 +178,7 @@ def _finish(
 @operation("saliency_row")
 def saliency_row(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d_out: Tensor, scale: float, own: Tensor, start: Tensor | None,
-    bias: Tensor | None, dtype: torch.dtype | None,
+    bias: Tensor | None, dtype: torch.dtype | None, only_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The four results of `reference.saliency_row`."""
     batch, heads, _, size = q.shape
@@ -185,10 +186,11 @@ def saliency_row(
     count, shared = d_out.shape[1], heads // n_kv
     wide, block, block_shared = power_of_two(max(size, size_v), 16), power_of_two(count + 1), power_of_two(shared)
     step, splits, warps = _config(batch * heads, keys, block * wide, multiprocessors(q.device.index))
-    part = torch.empty(batch, heads, count, keys, device=q.device, dtype=torch.float32)
+    row = 0 if only_gradients else keys
+    part = torch.empty(batch, heads, count, row, device=q.device, dtype=torch.float32)
     acc = torch.empty(batch, heads, splits, count + 1, size, device=q.device, dtype=torch.float32)
     total = torch.empty(batch, heads, splits, count + 1, device=q.device, dtype=torch.float32)
-    results = _results(q, k, v, d_out, dtype)
+    results = _results(q, k, v, d_out, dtype, only_gradients)
     lse, d_out = lse.contiguous(), d_out.contiguous()
     strides = (
         q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3],
@@ -207,10 +209,10 @@ def saliency_row(
     launches["saliency_row"] += 1
     _saliency[(splits, batch * heads)](
         q, k, v, lse, d_out, own, start, bias, part, acc, total, scale, heads, n_kv, keys, splits, *strides, CB=block,
-        N=step, num_warps=warps, **constants,
+        N=step, num_warps=warps, ROW=row > 0, **constants,
     )  # fmt: skip
     grads = batch * n_kv * count
-    _finish[(grads + batch * count * ceil_div(keys, 128),)](
+    _finish[(grads + batch * count * ceil_div(row, 128),)](
         q, k, v, lse, d_out, own, start, bias, part, acc, total, *results, scale, heads, n_kv, keys, splits, grads,
         *strides, SHARED=shared, SB=block_shared, HB=min(power_of_two(heads), 32), N=128,
         CHUNK=min(power_of_two(splits), max(1, 4096 // (block_shared * wide))), num_warps=4, **constants,
@@ -225,15 +227,15 @@ def _config(rows: int, keys: int, size: int, processors: int) -> tuple[int, int,
 
 
 @saliency_row.register_fake
-def _(q, k, v, lse, d_out, scale, own, start, bias, dtype):
-    return _results(q, k, v, d_out, dtype)
+def _(q, k, v, lse, d_out, scale, own, start, bias, dtype, only_gradients):
+    return _results(q, k, v, d_out, dtype, only_gradients)
 
 
 def _results(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, dtype: torch.dtype | None
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, dtype: torch.dtype | None, only_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, count, heads, size_v = d_out.shape
     shapes = (heads, q.shape[3]), (k.shape[1], q.shape[3]), (k.shape[1], size_v)
-    saliency = torch.empty(batch, count, k.shape[2], device=q.device, dtype=torch.float32)
+    saliency = torch.empty(batch, count, 0 if only_gradients else k.shape[2], device=q.device, dtype=torch.float32)
     dq, dk, dv = (torch.empty(batch, count, *x, device=q.device, dtype=dtype or torch.float32) for x in shapes)
     return saliency, dq, dk, dv
