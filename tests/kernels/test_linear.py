@@ -98,8 +98,10 @@ def test_gradient_of_a_gated_layer(place, dtype, rows):
     width, n = place(90, 1500), place(70, 4100)
     x = place.randn(rows, 1, width, dtype=dtype).requires_grad_()
     gate, up = (place.randn(n, width, dtype=dtype) / width**0.5 for _ in range(2))
-    with launching(*(["linears"] if dtype in HALVES else []), "silu_mul", "silu_mul_gradient"):
+    half = dtype in HALVES
+    with launching("gated_linear" if half else "silu_mul", "silu_mul_gradient", *["linears_gradient"] * half):
         out = gated_linear(x, gate, up)
+        torch.testing.assert_close(out.detach(), gated_linear(x.detach(), gate, up), rtol=0, atol=0 if half else 1e-6)
         grads = [place.randn(5, *out.shape, dtype=dtype)]
         got = pulled([out], x, grads)
     plain_x, exact_x = x.detach().clone().requires_grad_(), x.detach().double().requires_grad_()

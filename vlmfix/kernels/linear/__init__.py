@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmfix.kernels.dispatch import use_triton
 from vlmfix.kernels.gradients import Together
 from vlmfix.kernels.linear import reference
-from vlmfix.kernels.silu_mul import silu_mul
+from vlmfix.kernels.silu_mul import silu_mul, silu_mul_gradient
 
 ROWS = 32
 """Most rows of x that the kernels take; more are the vendor's library's business."""
@@ -72,9 +72,10 @@ def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     _check(x, gate)
     if up.shape != gate.shape:
         raise ValueError(f"up {tuple(up.shape)}: expected {tuple(gate.shape)}")
-    if _traced(x):  # which reads the products
-        return silu_mul(*linears(x, [gate, up], [None, None]))
     gate, up = gate.detach(), up.detach()
+    if _traced(x):
+        traced: Tensor = _Gated.apply(x, gate, up)  # type: ignore[no-untyped-call]
+        return traced
     if not _served(x, gate, up):
         return reference.gated_linear(x, gate, up)
     from vlmfix.kernels.linear import triton
@@ -99,9 +100,32 @@ class _Linears(torch.autograd.Function):
         return out[0], None, *[None] * len(grads)
 
 
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        if _served(x, gate, up):
+            from vlmfix.kernels.linear import triton
+
+            out, opened, product = triton.gated_linear_kept(_rows(x), gate, up).view(3, *x.shape[:-1], -1).unbind()
+        else:
+            opened, product = reference.linears(x, [gate, up], [None, None])
+            out = silu_mul(opened, product)
+        ctx.save_for_backward(opened, product, gate, up)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        out = Together.apply(_gated_gradients, (grad,), *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return out[0], None, None
+
+
 def _gradients(*arguments: Any) -> tuple[Tensor]:
     *grads, weights = arguments
     return (linears_gradient(grads, weights),)
+
+
+def _gated_gradients(grad: Tensor, opened: Tensor, product: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor]:
+    return (linears_gradient(silu_mul_gradient(grad, opened, product), (gate, up)),)
 
 
 def _traced(x: Tensor) -> bool:

@@ -120,10 +120,13 @@ def _linears(
 
 @triton.jit(do_not_specialize=["M"])
 def _gated(
-    X, Gate, Up, Out, M, K, N,
+    X, Gate, Up, Out, M, K, N, KEEP: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
-    """One program: BN features of silu(x gate^T) * (x up^T), rounded where separate operations round."""
+    """One program: BN features of silu(x gate^T) * (x up^T), rounded where separate operations round.
+
+    KEEP: both products follow the result in memory.
+    """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     m = tl.arange(0, MP)
@@ -146,7 +149,12 @@ def _gated(
     gate = gate.to(kind).to(tl.float32)
     up = up.to(kind).to(tl.float32)
     out = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * up
-    tl.store(Out + m[None, :] * N + n[:, None], out.to(kind), mask=(n < N)[:, None] & (m < M)[None, :])
+    to = Out + m[None, :] * N + n[:, None]
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    tl.store(to, out.to(kind), mask=inside)
+    if KEEP:
+        tl.store(to + M * N, gate.to(kind), mask=inside)
+        tl.store(to + 2 * M * N, up.to(kind), mask=inside)
 
 
 def _settings(config: Launch, dtype: torch.dtype) -> dict[str, int]:
@@ -204,11 +212,20 @@ def gated_linear(x: Tensor, gate: Tensor, up: Tensor, config: list[int] | None =
     Returns:
         [M, N].
     """
+    return _gated_linear(x, gate, up, config, False)[0]
+
+
+def gated_linear_kept(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """As `gated_linear`: [3, M, N], the result, x gate^T and x up^T."""
+    return _gated_linear(x, gate, up, None, True)
+
+
+def _gated_linear(x: Tensor, gate: Tensor, up: Tensor, config: list[int] | None, keep: bool) -> Tensor:
     (m, k), n = x.shape, len(gate)
-    out = x.new_empty(m, n)
+    out = x.new_empty(3 if keep else 1, m, n)
     chosen = Launch(*config) if config else launch(n, m, True, x.device.index)
     launches["gated_linear"] += 1
-    _gated[(ceil_div(n, chosen.block_n),)](x, gate, up, out, m, k, n, **_settings(chosen, x.dtype))
+    _gated[(ceil_div(n, chosen.block_n),)](x, gate, up, out, m, k, n, KEEP=keep, **_settings(chosen, x.dtype))
     return out
 
 
