@@ -157,6 +157,20 @@ def test_projections_with_different_inputs_run_one_by_one():
         torch.testing.assert_close(one, other)
 
 
+def test_projections_that_nobody_asks_for_are_not_computed_again(monkeypatch):
+    parts, found = fused("llava")
+    attention, x = parts.blocks[0].self_attn, torch.randn(1, 1, parts.hidden_size)
+    asked = []
+    plain = fusing.linears
+    monkeypatch.setattr(
+        fusing, "linears", lambda x, weights, biases: (asked.append(len(weights)), plain(x, weights, biases))[1]
+    )
+    for _ in range(2):
+        with found.applied():
+            attention.q_proj(x)
+    assert asked == [3, 1]
+
+
 def test_changed_weights_count():
     parts, found = fused("llava")
     layer, x = parts.blocks[0].self_attn.q_proj, torch.randn(1, 1, parts.hidden_size)

@@ -72,6 +72,8 @@ class Fused:
             for module, forward in modules.items():
                 module.forward = forward
             yield
+            for shared in self._shared:
+                shared.judge()
         finally:
             for module in modules:
                 vars(module).pop("forward", None)
@@ -92,6 +94,10 @@ class _Shared:
         self._layers, self._apart = layers, False
         self._x: Tensor | None = None
         self._left: dict[int, Tensor] = {}
+
+    def judge(self) -> None:
+        """Takes results that nobody asked for in a whole step as a sign that the layers are not used together."""
+        self._apart = self._apart or bool(self._left)
 
     def forget(self) -> None:
         """Drops results that nobody asked for, as after an error."""

@@ -22,7 +22,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 launches: Counter[str] = Counter()
 """Kernel launches by name: the proof that a test or benchmark ran the Triton form."""
 
-_forced = False
+_forced = 0
 
 _INSTALLED = find_spec("triton") is not None
 
@@ -31,11 +31,11 @@ _INSTALLED = find_spec("triton") is not None
 def reference_only() -> Iterator[None]:
     """Within the block every operation runs in its PyTorch form, in all threads."""
     global _forced  # compilers guard on a global, and see no context variable
-    before, _forced = _forced, True
+    _forced += 1
     try:
         yield
     finally:
-        _forced = before
+        _forced -= 1
 
 
 def use_triton(*tensors: Tensor) -> bool:
