@@ -63,5 +63,35 @@ LAYERS: list[tuple[str, dict[str, Any]]] = [
 ]
 """Layers of LLaVA 7B (hidden 4096) and Qwen2.5-VL 7B (hidden 3584), output features first."""
 
+
+def pulled(x: Inputs, fused: bool) -> tuple[Tensor, ...]:
+    """What rows of gradients send back through the weights: on the kernels, or one product of torch per weight."""
+    from vlmfix.kernels.linear import linears_gradient
+
+    grads = x["grads"]
+    if fused:
+        return (linears_gradient(grads, x["weights"]),)
+    out = torch.mm(grads[0], x["weights"][0])
+    for grad, weight in zip(grads[1:], x["weights"][1:], strict=True):
+        out.addmm_(grad, weight)
+    return (out,)
+
+
+def gradient_inputs(m: int, k: int, sizes: Sequence[int]) -> Inputs:
+    """Gradients of all layers' results, and the weights."""
+    return {"grads": [random(m, n) for n in sizes], "weights": [random(n, k).mul_(n**-0.5) for n in sizes]}
+
+
+def gradient_case(name: str, m: int, k: int, sizes: Sequence[int], **_: bool) -> Case:
+    """A case of gradients through thin products; ideal bytes are the weights'."""
+    count = sum(sizes) * k
+    ours, torchs = (partial(pulled, fused=fused) for fused in (True, False))
+    data, size = partial(gradient_inputs, m, k, sizes), count * torch.bfloat16.itemsize
+    return operation(f"{PREFIX}gradient {name} M={m}", data, ours, torchs, size, 2 * m * count)
+
+
 LINEARS = [linear_case(name, m, **layer) for name, layer in LAYERS for m in (1, 2, 16, 32)]
 """Products of a few rows."""
+
+GRADIENTS = [gradient_case(name, 5, **layer) for name, layer in LAYERS[:6]]
+"""Gradients of five candidates through the layers of LLaVA, and of Qwen up to its attention."""

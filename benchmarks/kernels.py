@@ -26,7 +26,7 @@ import torch
 import triton
 
 from benchmarks.kernel_cases import ATTENTION, Case
-from benchmarks.kernel_linears import LINEARS
+from benchmarks.kernel_linears import GRADIENTS, LINEARS
 from benchmarks.kernel_operations import OPERATIONS
 
 REPLAYS = 30
@@ -147,7 +147,7 @@ def main() -> int:
     }
     copy, products = limits["bytes_per_s"] / 1e12, limits["flops_per_s"] / 1e12
     sys.stdout.write(f"{properties.name}: copy {copy:.2f} TB/s, bf16 {products:.0f} TFLOP/s\n")
-    for case in [*ATTENTION, *OPERATIONS, *LINEARS]:
+    for case in [*ATTENTION, *OPERATIONS, *LINEARS, *GRADIENTS]:
         if options.only in case.name:
             with torch.no_grad():
                 row = measure(case, limits, not options.no_flex)

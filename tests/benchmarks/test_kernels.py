@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import kernel_cases, kernel_operations, kernel_sweep
-from benchmarks.kernel_linears import LINEARS, linear_case
+from benchmarks.kernel_linears import GRADIENTS, LINEARS, gradient_case, linear_case
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def test_flex_attention_is_compiled_in_every_case(on_cpu, monkeypatch):
 @pytest.mark.parametrize("case", [
     linear_case("three", 2, 64, (48, 16, 16), biased=True),
     linear_case("gated", 1, 64, (48, 48), gated=True),
+    gradient_case("gated", 5, 64, (48, 48)),
     kernel_operations.rotary_case(2, 3),
 ], ids=lambda case: case.name)  # fmt: skip
 def test_a_case_checks_what_it_times(case, on_cpu):
@@ -42,7 +43,7 @@ def test_a_case_checks_what_it_times(case, on_cpu):
 
 def test_weights_of_thin_products_do_not_stay_in_the_cache():
     assert len(LINEARS) == 40
-    assert all(case.sets * case.bytes > 200e6 for case in LINEARS)
+    assert all(case.sets * case.bytes > 200e6 for case in [*LINEARS, *GRADIENTS])
 
 
 def test_choices_of_thin_products_fit_the_kernel():
@@ -52,7 +53,7 @@ def test_choices_of_thin_products_fit_the_kernel():
     assert {c["rows"] for c in few} == {16}
     assert {c["rows"] for c in kernel_sweep.thin(17)[1:]} == {32}
     assert all(1024 <= c["block_n"] * c["block_k"] <= 8192 for c in few)
-    names = [name for name in kernel_sweep.CHOICES if "linear" in name]
+    names = [name for name in kernel_sweep.CHOICES if "linear " in name]
     assert names == [case.name for case in LINEARS]
 
 
