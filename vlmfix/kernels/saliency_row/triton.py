@@ -221,9 +221,13 @@ def saliency_row(
 
 
 def _config(rows: int, keys: int, size: int, processors: int) -> tuple[int, int, int]:
-    """Keys of a step, splits of the keys, and warps, for `size` products per key."""
-    step = 16 if INTERPRETED else min(16, max(1, 8192 // size))
-    return step, max(1, min(ceil_div(keys, 4 * step), 32, ceil_div(4 * processors, rows))), 8
+    """Keys of a step, splits of the keys, and warps, for `size` products per key.
+
+    64 sums per thread, eight warps for each multiprocessor: in small programs, or in large ones where keys are many.
+    """
+    warps = 2 if keys < 2048 else 8
+    step = 16 if INTERPRETED else min(16, max(1, 2048 * warps // size))
+    return step, max(1, min(ceil_div(keys, step), 32, 8 * processors // (warps * rows))), warps
 
 
 @saliency_row.register_fake
