@@ -200,13 +200,34 @@ def test_layers_that_are_more_than_products_run_as_they_are():
             torch.testing.assert_close(parts.decoder(inputs_embeds=x).last_hidden_state, want)
 
 
-def test_modules_with_hooks_of_others_stay():
-    model = build("llava", fresh=True).model
-    with hooks.installed(model) as parts:
-        parts.decoder.norm.register_forward_hook(lambda *args: None)
+def test_hooks_of_others_run_around_the_fused_forms():
+    tiny = build("llava", fresh=True)
+    with hooks.installed(tiny.model) as parts:
+        block, x = parts.blocks[0], torch.randn(1, 2, parts.hidden_size)
+        modules = [block.self_attn, block.self_attn.k_proj, block.input_layernorm, block.mlp, block.mlp.up_proj]
+        called = []
+        for module in modules:
+            module.register_forward_hook(lambda module, *_: called.append(module))
         found = Fused(parts)
-    assert parts.decoder.norm not in found.forwards
-    assert found.forwards
+        called.clear()
+        want = parts.decoder(inputs_embeds=x).last_hidden_state
+        plain = called.copy()
+        with found.applied():
+            torch.testing.assert_close(parts.decoder(inputs_embeds=x).last_hidden_state, want)
+    assert set(plain) == set(modules)
+    assert called == 2 * plain
+    assert {*modules} <= found.forwards.keys()
+
+
+def test_attentions_once_asked_for_cost_no_fused_form():
+    tiny = build("llava", fresh=True)
+    with hooks.installed(tiny.model) as parts:
+        before = len(Fused(parts).forwards)
+    tiny.model.set_attn_implementation("eager")
+    tiny.model.generate(**tiny.inputs((1,)), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+    tiny.model.set_attn_implementation("sdpa")
+    with hooks.installed(tiny.model) as parts:
+        assert len(Fused(parts).forwards) == before
 
 
 def test_forwards_come_back_after_an_error():

@@ -146,7 +146,7 @@ def _gated(module: nn.Module) -> Forward | None:
     if not all(isinstance(layer, nn.Linear) for layer in layers):
         return None
     gate, up, down = layers
-    whole = _exact(gate) and _exact(up) and gate.bias is None and up.bias is None
+    whole = all(_exact(layer) and layer.bias is None and not _hooked(layer) for layer in (gate, up))
 
     def forward(x: Tensor) -> Tensor:
         inner = gated_linear(x, gate.weight, up.weight) if whole else silu_mul(gate(x), up(x))
@@ -193,8 +193,12 @@ def _rotated(module: nn.Module) -> Forward | None:
 
 
 def _untouched(module: nn.Module) -> bool:
-    """Whether nobody else changed how a module runs."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    """Whether nobody else changed a module's forward; hooks run around whichever it has."""
+    return "forward" not in vars(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _exact(layer: Any) -> TypeGuard[nn.Linear]:
@@ -211,7 +215,7 @@ def _equal(module: nn.Module, forward: Forward, width: int, like: Tensor, sizes:
         return False
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(1, len(sizes), width, generator=generator) + 1) * torch.tensor(sizes)[:, None]
-    return _alike(module, forward, x.to(like.device, like.dtype))
+    return _alike(module.forward, forward, x.to(like.device, like.dtype))
 
 
 @torch.no_grad()
