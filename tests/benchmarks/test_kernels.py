@@ -17,11 +17,9 @@ def on_cpu(monkeypatch):
 
 def test_flex_attention_is_compiled_in_every_case(on_cpu, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     for keys in (8, 16, 24, 32):
         x = kernel_cases.attention_inputs(1, 2, 2, 1, keys, 16, "sinks")
-        with torch.no_grad():
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
             out = kernel_cases.flex(x, causal=False)(x)
         plain = torch.nn.functional.scaled_dot_product_attention(x["q"], x["k"], x["v"])
         torch.testing.assert_close(out, plain, atol=0.03, rtol=0.03)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
 from tests.kernels.tools import launching, within_budget
 from vlmfix.kernels import dispatch
-from vlmfix.kernels.linear import ROWS, gated_linear, linears, linears_gradient, reference
+from vlmfix.kernels.linear import ALONE, ROWS, gated_linear, linears, linears_gradient, reference
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32])
-@pytest.mark.parametrize("sizes", [(48,), (70, 33), (96, 16, 40)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [*product((1, 2, ALONE), [(48,), (70, 33), (96, 16, 40)]), (ALONE + 1, (70, 33)), (ROWS, (96, 16, 40))],
+    ids=str,
+)
 def test_layers_of_one_input(place, dtype, rows, sizes):
     width = place(90, 1500)
     x = place.randn(rows, 1, width, dtype=dtype)
@@ -57,7 +62,8 @@ def test_what_the_kernels_leave_to_others(place):
     before = dispatch.launches.copy()
     linears(x, four, [None] * 4)
     linears(x, four[:2], [None, place.randn(16, dtype=half)])
-    linears(many, four[:1], [None])
+    linears(many, four[:2], [None] * 2)
+    linears(many[: ALONE + 1], four[:1], [None])
     linears(x, [place.randn(64, 16, dtype=half).T], [None])
     linears(x.float(), [four[0].float()], [None])
     gated_linear(many, *four[:2])

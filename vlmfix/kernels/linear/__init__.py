@@ -16,6 +16,9 @@ from vlmfix.kernels.silu_mul import silu_mul, silu_mul_gradient
 ROWS = 32
 """Most rows of x that the kernels take; more are the vendor's library's business."""
 
+ALONE = 16
+"""The same for a single layer."""
+
 TOGETHER = 3
 """Most layers in one launch."""
 
@@ -38,7 +41,7 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
         parts: tuple[Tensor, ...] = _Linears.apply(x, biases, *weights)  # type: ignore[no-untyped-call]
         return parts
     given = [bias for bias in biases if bias is not None]
-    whole = len(weights) <= TOGETHER and len(given) in (0, len(weights))
+    whole = len(weights) <= TOGETHER and len(given) in (0, len(weights)) and (len(weights) > 1 or _count(x) <= ALONE)
     if not whole or not _served(x, *weights, *given):
         return reference.linears(x, weights, biases)
     from vlmfix.kernels.linear import triton
@@ -141,9 +144,12 @@ def _check(x: Tensor, weight: Tensor) -> None:
 def _served(x: Tensor, *constants: Tensor) -> bool:
     if x.element_size() != 2:  # sums of float32 products in the order of the kernels are less exact than the vendor's
         return False
-    few = 0 < x.numel() // max(1, x.shape[-1]) <= ROWS
     alike = all(y.dtype == x.dtype and y.is_contiguous() for y in constants)
-    return few and alike and use_triton(x, *constants)
+    return 0 < _count(x) <= ROWS and alike and use_triton(x, *constants)
+
+
+def _count(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[-1])
 
 
 def _rows(x: Tensor) -> Tensor:
