@@ -90,7 +90,8 @@ def test_another_prompt_runs_on_the_same_step(recipe, captured, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["pai+vcd(alpha=0.5,beta=0)", SALIENCY[0]])
-def test_a_longer_prompt_of_the_same_bucket_reuses_the_step(recipe):
+def test_a_longer_prompt_of_the_same_bucket_reuses_the_step(recipe, monkeypatch):
+    monkeypatch.setattr(graph, "BUCKET", 64)
     tiny = lab.under("llava")
     with graphed("llava", recipe) as vlm:
         vlm.generate(**tiny.inputs((1, 1)), max_new_tokens=NEW)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vlmfix
-from vlmfix.hf import encoding
+from vlmfix.hf import encoding, hooks
 
 from ..families import build
 
@@ -97,3 +97,16 @@ def test_a_copy_remembers_nothing():
     assert memory.weights
     for other in (copy.copy(memory), copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
         assert other == encoding.Memory()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_states_of_the_towers_layers_are_let_go_unless_asked_for(asked):
+    tiny = build("llava", fresh=True)
+    pixels = tiny.inputs((1,))["pixel_values"]
+    memory = encoding.Memory()
+    options = {"output_hidden_states": True} if asked else {}
+    with hooks.installed(tiny.model) as parts, encoding.once(parts, memory):
+        first, second = (tiny.model.model.get_image_features(pixels, return_dict=True, **options) for _ in range(2))
+    for output in (first, second, memory.value):
+        assert (output.hidden_states is not None) == asked
+        torch.testing.assert_close(output.pooler_output, first.pooler_output)

@@ -153,6 +153,7 @@ class Layers:
             self._watch(layer, look)
         if layer not in self._plans or layer in self._hidden:
             self._build(layer, look.query)
+            self._hidden.pop(layer, None)  # of all layers together they are as large as the cache
         return self._plans[layer], self._first[layer]
 
     def _watch(self, layer: int, look: Look) -> None:

@@ -26,7 +26,7 @@ ENGINES = ("auto", "hf", "graph")
 PATIENCE = 8
 """Steps between two looks at whether all sequences have ended."""
 
-BUCKET = 64
+BUCKET = 32
 """Capacities are multiples of it, so that prompts of similar length share a captured step."""
 
 ROOMY = 2

@@ -125,11 +125,20 @@ def _remembering(original: Any, owner: Any) -> Any:
         key = _content(args, kwargs)
         if memory.key != key:
             memory.notes.clear()
-            memory.value = original(owner(), *args, **kwargs)
+            memory.value = _slim(original(owner(), *args, **kwargs), kwargs)
             memory.key = key
         return _own(memory.value)
 
     return encode
+
+
+def _slim(value: Any, kwargs: dict[str, Any]) -> Any:
+    """What is worth remembering: states and attentions of all layers, unless asked for, outweigh the rest."""
+    if isinstance(value, ModelOutput):
+        for name in ("hidden_states", "attentions"):
+            if value.get(name) is not None and not kwargs.get(f"output_{name}"):
+                value[name] = None
+    return value
 
 
 def _own(value: Any) -> Any:
