@@ -89,6 +89,8 @@ class AttentionMethod(Method):
     """Whether it takes notes on generated tokens, which must move with beams."""
     replans_here: ClassVar[bool] = False
     """Whether what it sees of a layer changes the plans of that layer alone."""
+    plans_alike: ClassVar[bool] = False
+    """Whether what it plans for one layer holds for all it acts on."""
     watches_steps: ClassVar[bool] = True
     """Whether it looks at the attention of generated tokens; false where it has seen enough in the prompt."""
     vision_layers: ClassVar[tuple[int, ...]] = ()

@@ -53,6 +53,7 @@ class Layers:
         self.replanned = False
         self._hidden: dict[int, Tensor] = {}
         self._plans: dict[int, tuple[Plan, ...]] = {}
+        self._alike: dict[int, Plan] = {}
         self._heads: dict[int, tuple[tuple[int, Plan], ...]] = {}
         self._scales: dict[tuple[int, int], Tensor] = {}
         self._first: dict[int, int] = {}
@@ -80,6 +81,7 @@ class Layers:
             return t[rows] if t.dim() and t.shape[0] == old else t
 
         self.layout = self.layout.take(rows)
+        self._alike.clear()
         self.visible = change(self.visible)
         self._acting = {i: change(acting) for i, acting in self._acting.items()}
         self._plans = {k: tuple(_rowwise(plan, change) for plan in plans) for k, plans in self._plans.items()}
@@ -166,6 +168,7 @@ class Layers:
                 if method.watch(glance, self.notes.setdefault(i, {})):
                     self.replanned = not self._prefilling
                     self._plans.pop(layer, None)
+                    self._alike.pop(i, None)
                     if not method.replans_here:
                         self._plans.clear()
 
@@ -207,11 +210,12 @@ class Layers:
         for i, method in enumerate(self.compiled.attention):
             if i not in self._acting or layer not in self.compiled.layers[i]:
                 continue
-            plan = method.plan(self.context(i, layer, query, method.reads_hidden))
+            plan = self._alike.get(i) or self._plan(i, self.context(i, layer, query, method.reads_hidden))
             if plan is None:
                 continue
-            acting = self._acting[i]
-            plans.append((i, replace(plan, active_from=torch.where(acting, plan.active_from, NEVER))))
+            if method.plans_alike:
+                self._alike[i] = plan
+            plans.append((i, plan))
             self.layers_touched[i].add(layer)
         self._heads[layer] = tuple((i, plan) for i, plan in plans if plan.only_scales_heads)
         self._plans[layer] = _aligned([plan for _, plan in plans if not plan.only_scales_heads])
@@ -222,6 +226,13 @@ class Layers:
             self._first[layer] = int(torch.stack(starts).min()) if starts else NEVER
         else:  # every row of a decoding step lies past the prompt; asking the device would wait for it
             self._first[layer] = 0 if starts else NEVER
+
+    def _plan(self, index: int, context: LayerContext) -> Plan | None:
+        """A method's plan of a layer, on the rows it acts on."""
+        plan = self.compiled.attention[index].plan(context)
+        if plan is None:
+            return None
+        return replace(plan, active_from=torch.where(self._acting[index], plan.active_from, NEVER))
 
     def context(self, index: int, layer: int, query: Tensor, reads_hidden: bool = True) -> LayerContext:
         """One layer as the method (or observer) of that place sees it."""

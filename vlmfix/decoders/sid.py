@@ -26,6 +26,8 @@ class LeastAttended(AttentionMethod):
         keep_lowest: R, number of visual tokens left visible; a fraction below 1 counts of the row's visual tokens.
     """
 
+    plans_alike: ClassVar[bool] = True
+
     from_layer: int = 2
     keep_lowest: float = 100
 
