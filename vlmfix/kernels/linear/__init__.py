@@ -83,7 +83,7 @@ def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         return reference.gated_linear(x, gate, up)
     from vlmfix.kernels.linear import triton
 
-    out: Tensor = triton.gated_linear(_rows(x), gate, up).unflatten(0, x.shape[:-1])
+    out: Tensor = triton.gated_linear(_rows(x), gate, up).view(*x.shape[:-1], -1)
     return out
 
 

@@ -169,14 +169,13 @@ def _settings(config: Launch, dtype: torch.dtype) -> dict[str, int]:
 
 
 @operation("linears")
-def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], config: list[int] | None = None) -> Tensor:
+def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     """Results of up to three layers one after the other, [M, N_i] each.
 
     Args:
         x: [M, D] contiguous, of few rows and 2 bytes an element.
         weights: [N_i, D] each, contiguous and of x's dtype.
         biases: [N_i] each, or an empty list for none.
-        config: a `Launch`, if not the usual one.
 
     Returns:
         [M * sum of N_i].
@@ -184,7 +183,7 @@ def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], config: list
     m, k = x.shape
     sizes = [len(weight) for weight in weights]
     out = x.new_empty(m * sum(sizes))
-    chosen = Launch(*config) if config else launch(sum(sizes), m, False, x.device.index)
+    chosen = launch(sum(sizes), m, False, x.device.index)
     missing = 3 - len(weights)
     launches["linears"] += 1
     _linears[(sum(ceil_div(size, chosen.block_n) for size in sizes),)](
@@ -195,40 +194,39 @@ def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], config: list
 
 
 @linears.register_fake  # type: ignore[untyped-decorator]
-def _(x: Tensor, weights: list[Tensor], biases: list[Tensor], config: list[int] | None = None) -> Tensor:
+def _(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     return x.new_empty(len(x) * sum(len(weight) for weight in weights))
 
 
 @operation("gated_linear")
-def gated_linear(x: Tensor, gate: Tensor, up: Tensor, config: list[int] | None = None) -> Tensor:
+def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """As `reference.gated_linear`.
 
     Args:
         x: [M, D] contiguous, of few rows and 2 bytes an element.
         gate: [N, D] contiguous and of x's dtype.
         up: [N, D] likewise.
-        config: a `Launch`, if not the usual one.
 
     Returns:
         [M, N].
     """
-    return _gated_linear(x, gate, up, config, False)[0]
+    return _gated_linear(x, gate, up, keep=False)[0]
 
 
 def gated_linear_kept(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """As `gated_linear`: [3, M, N], the result, x gate^T and x up^T."""
-    return _gated_linear(x, gate, up, None, True)
+    return _gated_linear(x, gate, up, keep=True)
 
 
-def _gated_linear(x: Tensor, gate: Tensor, up: Tensor, config: list[int] | None, keep: bool) -> Tensor:
+def _gated_linear(x: Tensor, gate: Tensor, up: Tensor, keep: bool) -> Tensor:
     (m, k), n = x.shape, len(gate)
     out = x.new_empty(3 if keep else 1, m, n)
-    chosen = Launch(*config) if config else launch(n, m, True, x.device.index)
+    chosen = launch(n, m, True, x.device.index)
     launches["gated_linear"] += 1
     _gated[(ceil_div(n, chosen.block_n),)](x, gate, up, out, m, k, n, KEEP=keep, **_settings(chosen, x.dtype))
     return out
 
 
 @gated_linear.register_fake  # type: ignore[untyped-decorator]
-def _(x: Tensor, gate: Tensor, up: Tensor, config: list[int] | None = None) -> Tensor:
+def _(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return x.new_empty(len(x), len(gate))

@@ -110,20 +110,18 @@ def _total(Part, Out, n, shares, SB: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(Out + at, tl.sum(part, 0).to(Out.dtype.element_ty), mask=at < n)
 
 
-def linears_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor], config: Launch | None = None) -> Tensor:
+def linears_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """As `reference.linears_gradient` of up to three layers, all summed before anything is rounded.
 
     Args:
         grads: [M, N_i] each, contiguous, of few rows and 2 bytes an element.
         weights: [N_i, K] each, contiguous and of the gradients' dtype.
-        config: if not the usual one.
 
     Returns:
         [M, K].
     """
     (m, _), k, sizes = grads[0].shape, weights[0].shape[1], [len(weight) for weight in weights]
-    chosen = config or launch(sizes, k, m, grads[0].device.index)
-    rows, block_n, block_k, shares, warps, stages = chosen
+    rows, block_n, block_k, shares, warps, stages = launch(sizes, k, m, grads[0].device.index)
     out = grads[0].new_empty(m, k)
     parts = out if shares == 1 else out.new_empty(shares, m, k, dtype=torch.float32)
     missing = 3 - len(grads)
