@@ -62,6 +62,14 @@ def test_kernel(place, dtype, heads, n_kv, size, count):
         within_budget(one, two, three, torch.float32)
 
 
+def test_slots_cut_from_a_table(place):
+    arguments, kw, _ = problem(place, 2, 4, 2, 37, 16, 3)
+    table = torch.stack([arguments[6], kw["start"], kw["start"] * 0], 1)
+    want = saliency_row(*arguments, **kw)
+    got = saliency_row(*arguments[:6], table[:, 0], start=table[:, 1])
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_another_type(place, dtype):
     arguments, kw, _ = problem(place, 2, 6, 2, 37, 16, 3)

@@ -191,7 +191,8 @@ def saliency_row(
     acc = torch.empty(batch, heads, splits, count + 1, size, device=q.device, dtype=torch.float32)
     total = torch.empty(batch, heads, splits, count + 1, device=q.device, dtype=torch.float32)
     results = _results(q, k, v, d_out, dtype, only_gradients)
-    lse, d_out = lse.contiguous(), d_out.contiguous()
+    lse, d_out, own = lse.contiguous(), d_out.contiguous(), own.contiguous()
+    start = None if start is None else start.contiguous()
     strides = (
         q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3],
         0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
