@@ -13,7 +13,7 @@ from vlmfix.kernels.grouped_attention import pack as packing
 from vlmfix.kernels.grouped_attention.pack import Packed
 from vlmfix.kernels.grouped_attention.tiles import grouped_tiles
 from vlmfix.kernels.grouped_attention.triton import grouped_split
-from vlmfix.kernels.grouped_attention.triton_merge import grouped_masses, grouped_merge, grouped_merge_counted
+from vlmfix.kernels.grouped_attention.triton_merge import grouped_masses, grouped_merge
 from vlmfix.kernels.rules import fused_form
 from vlmfix.plan import Plan
 
@@ -136,13 +136,12 @@ def finish(
         masses, lse = grouped_masses(stat, sinks, q_pos, heads, n_groups, weighted)
         _report(plans, packed, masses, lse)
         factors = _factors(plans, packed, masses, q_pos)
-    how = (sinks, packed.head_scale, packed.active, q_pos, *(rule or NO_RULE), n_groups, weighted, dtype)
-    if rule is not None and any(plan.sink is not None and plan.statistics for plan in plans):
-        joined: Tensor
-        joined, masses, lse = grouped_merge_counted(acc, stat, factors, *how)
+    counted = rule is not None and any(plan.sink is not None and plan.statistics for plan in plans)
+    how = (sinks, packed.head_scale, packed.active, q_pos, *(rule or NO_RULE), n_groups, weighted, dtype, counted)
+    out: Tensor
+    out, masses, lse = grouped_merge(acc, stat, factors, *how)
+    if counted:
         _report(plans, packed, masses, lse)
-        return joined
-    out: Tensor = grouped_merge(acc, stat, factors, *how)
     return out
 
 

@@ -62,8 +62,8 @@ def group_outputs(
     )  # fmt: skip
     masses, _ = grouped_masses(stat, sinks, q_pos, q.shape[1], packed.n_groups, False)
     chosen = torch.eye(packed.n_groups, device=q.device)
-    rest = (sinks, None, packed.active, q_pos, None, "", 0, 1, 1, False, packed.n_groups, False, v.dtype)
-    outputs = [grouped_merge(acc, stat, one.expand_as(masses).contiguous(), *rest) for one in chosen]
+    rest = (sinks, None, packed.active, q_pos, None, "", 0, 1, 1, False, packed.n_groups, False, v.dtype, False)
+    outputs = [grouped_merge(acc, stat, one.expand_as(masses).contiguous(), *rest)[0] for one in chosen]
     return masses, torch.stack(outputs, 3)
 
 

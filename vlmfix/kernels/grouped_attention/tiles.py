@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmfix.kernels.dispatch import INTERPRETED, ceil_div, launches, multiprocessors, operation, power_of_two
 from vlmfix.kernels.grouped_attention.arguments import common
 from vlmfix.kernels.grouped_attention.triton_members import members
-from vlmfix.kernels.grouped_attention.triton_merge import no_rule
+from vlmfix.kernels.grouped_attention.triton_ruled import no_rule
 from vlmfix.kernels.grouped_attention.triton_tiles import tiles_kernel
 from vlmfix.kernels.rules.triton import RULES
 

@@ -11,24 +11,8 @@ from torch import Tensor
 
 from vlmfix.kernels.dispatch import ceil_div, launches, operation, power_of_two
 from vlmfix.kernels.grouped_attention.triton import LOG2E
+from vlmfix.kernels.grouped_attention.triton_ruled import no_rule, row_weights, ruled
 from vlmfix.kernels.rules.triton import RULES
-
-
-@triton.jit
-def no_rule(masses, kinds, heads, arguments):
-    """Every group as it is."""
-    return tl.where(kinds[None, :] >= 0, 1.0, masses)
-
-
-@triton.jit
-def ruled(mass, kinds, heads, arguments, RULE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RADIX: tl.constexpr,
-          SIZE: tl.constexpr, PB: tl.constexpr):  # fmt: skip
-    """Factors [HB, RB] on the kinds that a plan's rule asks for, given the masses [HB, RB] of the kinds."""
-    slot = tl.arange(0, PB)
-    digit = tl.where(kinds < G, kinds // RADIX % SIZE, SIZE)
-    hot = tl.where((digit[:, None] == slot[None, :]) & (kinds < R)[:, None], 1.0, 0.0)
-    asked = RULE(tl.sum(mass[:, :, None] * hot[None, :, :], 1), slot, heads, arguments)
-    return tl.sum(asked[:, None, :] * hot[None, :, :], 2)
 
 
 @triton.jit
@@ -114,39 +98,6 @@ def _merge(
 
 
 @triton.jit
-def row_weights(
-    peak, amount, factor, kinds, iq, pos, b, h, Sinks, HeadScale, Active, Arguments, rule_plan, n_batch, n_heads,
-    G: tl.constexpr, R: tl.constexpr, RULE: tl.constexpr, RULED: tl.constexpr, RADIX: tl.constexpr, SIZE: tl.constexpr,
-    PB: tl.constexpr, N_ARGUMENTS: tl.constexpr, SINKS: tl.constexpr, HEAD_SCALE: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """For rows [QB] of one head with maxima and sums [QB, RB] of R kinds: the weight of each kind's unnormalised part.
-
-    Also the masses, the largest maximum and the sum below it. `factor` [QB, RB] holds unless the rule says otherwise.
-    """
-    top = tl.max(peak, 1)
-    if SINKS:
-        sink = tl.load(Sinks + h).to(tl.float32) * LOG2E
-        top = tl.maximum(top, sink)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    share = tl.exp2(peak - top[:, None])
-    mass = share * amount
-    total = tl.sum(tl.where((kinds < G)[None, :], mass, 0.0), 1)
-    if SINKS:
-        total += tl.exp2(sink - top)
-    inverse = tl.where(total > 0, 1 / tl.where(total > 0, total, 1.0), 0.0)
-    mass *= inverse[:, None]
-    if RULED:
-        asked = ruled(mass, kinds, iq, Arguments + b * N_ARGUMENTS, RULE, G, R, RADIX, SIZE, PB)
-        factor = tl.where((pos >= tl.load(Active + rule_plan * n_batch + b))[:, None], asked, factor)
-    scale = inverse
-    if HEAD_SCALE:
-        for p in tl.static_range(P):
-            act = pos >= tl.load(Active + p * n_batch + b)
-            scale *= tl.where(act, tl.load(HeadScale + (p * n_batch + b) * n_heads + h), 1.0)
-    return share * factor * scale[:, None], mass, top, total
-
-
-@triton.jit
 def _merge_rows(
     Stat, Acc, Factors, Sinks, HeadScale, Active, QPos, Arguments, Out, Masses, Lse, plane, n_batch, n_heads, n_q,
     splits, rule_plan, out_b, out_h, out_q, SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
@@ -192,54 +143,20 @@ def _merge_rows(
 def grouped_merge(
     acc: Tensor, stat: Tensor, factors: Tensor | None, sinks: Tensor | None, head_scale: Tensor | None, active: Tensor,
     q_pos: Tensor, arguments: Tensor | None, rule: str, rule_plan: int, radix: int, size: int, pooled: bool,
-    n_groups: int, weighted: bool, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    n_groups: int, weighted: bool, dtype: torch.dtype, counted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Joins partial results and writes the output [B, H, Q, Dv].
 
     acc and stat as `grouped_split` returns them; factors [B, H, Q, R] on the kinds (None: 1 on every group, or what the
     named fused rule says); sinks [H] logits that join the denominator; head_scale [P, B, H]; active [P, B]; q_pos [Q].
     The fused rule: arguments [B, n], name ("" for none), index of its plan in `active`, place and size of the plan's
     group id within the joint id, whether it needs all heads. n_groups joint groups, doubled if weighted.
+
+    Returns:
+        The output, and where `counted` what `grouped_masses` returns, else two empty tensors.
     """
-    return _joined(
-        acc, stat, factors, sinks, head_scale, active, q_pos, arguments, rule, rule_plan, radix, size, pooled, n_groups,
-        weighted, dtype, None, None,
-    )  # fmt: skip
-
-
-@grouped_merge.register_fake
-def _(acc, stat, factors, sinks, head_scale, active, q_pos, *rest):
-    return _output(acc, q_pos, *rest[-3:])
-
-
-@operation("grouped_merge_counted")
-def grouped_merge_counted(
-    acc: Tensor, stat: Tensor, factors: Tensor | None, sinks: Tensor | None, head_scale: Tensor | None, active: Tensor,
-    q_pos: Tensor, arguments: Tensor | None, rule: str, rule_plan: int, radix: int, size: int, pooled: bool,
-    n_groups: int, weighted: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What `grouped_merge` and `grouped_masses` return, in one launch."""
-    heads = acc.shape[3] // (n_groups * (2 if weighted else 1) * q_pos.shape[0]) * acc.shape[1]
-    masses, lse = _counts(stat, q_pos, heads, n_groups, weighted)
-    out = _joined(
-        acc, stat, factors, sinks, head_scale, active, q_pos, arguments, rule, rule_plan, radix, size, pooled, n_groups,
-        weighted, dtype, masses, lse,
-    )  # fmt: skip
-    return out, masses, lse
-
-
-@grouped_merge_counted.register_fake
-def _(acc, stat, factors, sinks, head_scale, active, q_pos, *rest):
-    out = _output(acc, q_pos, *rest[-3:])
-    return out, *_counts(stat, q_pos, out.shape[1], *rest[-3:-1])
-
-
-def _joined(
-    acc: Tensor, stat: Tensor, factors: Tensor | None, sinks: Tensor | None, head_scale: Tensor | None, active: Tensor,
-    q_pos: Tensor, arguments: Tensor | None, rule: str, rule_plan: int, radix: int, size: int, pooled: bool,
-    n_groups: int, weighted: bool, dtype: torch.dtype, masses: Tensor | None, lse: Tensor | None,
-) -> Tensor:  # fmt: skip
-    out = _output(acc, q_pos, n_groups, weighted, dtype)
+    out, masses, lse = _results(acc, stat, q_pos, n_groups, weighted, dtype, counted)
+    counts = (masses, lse) if counted else (None, None)
     batch, heads, queries, _ = out.shape
     launches["grouped_merge"] += 1
     constants = {
@@ -252,14 +169,19 @@ def _joined(
         "FACTORS": factors is not None,
         "HEAD_SCALE": head_scale is not None,
         "OUT": True,
-        "MASSES": masses is not None,
+        "MASSES": counted,
     }
     _launch(
-        (stat, acc, factors, sinks, head_scale, active, q_pos, arguments, out, masses, lse),
-        rule_plan, out.stride()[:3], (batch, heads, queries, n_groups, weighted, out.shape[3]), pooled,
+        (stat, acc, factors, sinks, head_scale, active, q_pos, arguments, out, *counts), rule_plan,
+        out.stride()[:3], (batch, heads, queries, n_groups, weighted, out.shape[3]), pooled,
         {"P": active.shape[0], "SINKS": sinks is not None, **constants},
     )  # fmt: skip
-    return out
+    return out, masses, lse
+
+
+@grouped_merge.register_fake
+def _(acc, stat, factors, sinks, head_scale, active, q_pos, *rest):
+    return _results(acc, stat, q_pos, *rest[-4:])
 
 
 @operation("grouped_masses")
@@ -302,11 +224,16 @@ def _counts(stat: Tensor, q_pos: Tensor, heads: int, n_groups: int, weighted: bo
     return masses, stat.new_empty(batch, heads, queries)
 
 
-def _output(acc: Tensor, q_pos: Tensor, n_groups: int, weighted: bool, dtype: torch.dtype) -> Tensor:
+def _results(
+    acc: Tensor, stat: Tensor, q_pos: Tensor, n_groups: int, weighted: bool, dtype: torch.dtype, counted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, n_kv, _, rows, size = acc.shape
     queries = q_pos.shape[0]
     heads = rows // (n_groups * (2 if weighted else 1) * queries) * n_kv
-    return acc.new_empty(batch, queries, heads, size, dtype=dtype).transpose(1, 2)
+    out = acc.new_empty(batch, queries, heads, size, dtype=dtype).transpose(1, 2)
+    if not counted:
+        return out, stat.new_empty(0), stat.new_empty(0)
+    return out, *_counts(stat, q_pos, heads, n_groups, weighted)
 
 
 def _launch(

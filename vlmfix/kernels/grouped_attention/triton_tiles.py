@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vlmfix.kernels.grouped_attention.triton import LOG2E, member, visible
-from vlmfix.kernels.grouped_attention.triton_merge import row_weights
+from vlmfix.kernels.grouped_attention.triton_ruled import row_weights
 
 
 @triton.jit
