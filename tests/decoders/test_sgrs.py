@@ -13,8 +13,8 @@ def test_the_threshold_is_a_share_of_the_mean_of_the_last_committed(window, monk
     taus, committed = [], [torch.zeros(0, 2)]
     original = sgrs.choose
 
-    def choose(probs, saliency, tau, draws, uniforms):
-        choice = original(probs, saliency, tau, draws, uniforms)
+    def choose(saliency, tau, draws):
+        choice = original(saliency, tau, draws)
         taus.append(tau)
         committed.append(saliency.gather(1, choice[:, None]).T)
         return choice
@@ -44,8 +44,31 @@ def test_the_threshold_is_a_share_of_the_mean_of_the_last_committed(window, monk
         ([0.4, 0.1, 0.2, 0.3], 0),
     ],
 )
-def test_candidates_come_by_probability(saliency, chosen):
-    probs = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.4, 0.3, 0.2, 0.1]])  # a tie, as between underflown probabilities
-    table = torch.tensor([saliency, saliency])
-    choice = sgrs.choose(probs, table, torch.tensor([0.5, 0.5]), 3, None)
-    assert choice.tolist() == [chosen, chosen]
+def test_the_first_that_passes_else_the_most_salient(saliency, chosen):
+    table = torch.tensor([saliency, [0.9, 0.0, 0.0, 0.0]])
+    assert sgrs.choose(table, torch.tensor([0.5, 0.5]), 3).tolist() == [chosen, 0]
+
+
+@pytest.mark.parametrize(
+    ("probs", "uniforms", "order"),
+    [
+        ([0.4, 0.3, 0.2, 0.1], [0.95, 0.3, 0.9], [3, 0, 2, 1]),
+        ([0.4, 0.3, 0.2, 0.1], [0.3, 0.3], [0, 1, 2, 3]),
+        ([0.4, 0.3, 0.2, 0.1], [0.0, 0.0, 0.0], [0, 1, 2, 3]),
+        ([1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0, 1, 2, 3]),
+    ],
+)
+def test_draws_are_without_replacement(probs, uniforms, order):
+    """Also where nothing but underflowed probabilities is left; those not drawn follow by probability."""
+    one, other = torch.tensor([probs, [0.1, 0.2, 0.3, 0.4]]), torch.tensor([uniforms, [0.2] * len(uniforms)])
+    assert sgrs.drawn(one, other)[0].tolist() == order
+
+
+def test_of_equally_salient_candidates_the_first_drawn_is_taken(monkeypatch):
+    """When none passes; here the third is drawn."""
+    monkeypatch.setattr(Step, "uniforms", lambda self, seed, count, rows: torch.full((rows, count), 0.9))
+    history = torch.tensor([[float("nan"), 1.0]])
+    step = Step(2, (), (), None, {"history": history}, lambda tokens: torch.zeros(tokens.shape))
+    method = sgrs.SGRS(top_k=4, draws=1, window=2, draw="sample")
+    scores = method.scores(torch.tensor([[3.0, 2.5, 2.2, 1.0]]), step)
+    assert scores.isfinite().tolist() == [[False, False, True, False]]

@@ -67,22 +67,21 @@ class SGRS(DecodingMethod):
     def scores(self, logits: Tensor, step: Step) -> Tensor:
         """The committed token's logit, -inf elsewhere; the first token has no answer to be salient on and is drawn."""
         probs, tokens = logits.softmax(-1).topk(self.top_k)
-        uniforms = None
         if self.draw == "sample":
             uniforms = step.uniforms(self.seed, self.draws, len(logits)).to(logits.device)
+            tokens = tokens.gather(1, drawn(probs, uniforms))
         if step.saliency is None:
-            choice = draw_next(probs, torch.zeros_like(probs, dtype=torch.bool), 0, uniforms)
+            chosen = tokens[:, :1]
             step.notes["history"] = logits.new_full((len(logits), max(self.window, 1)), float("nan"))
         else:
             saliency, history = step.saliency(tokens), step.notes["history"]
-            choice = choose(probs, saliency, threshold(history, self.alpha, self.window), self.draws, uniforms)
-            committed = saliency.gather(1, choice[:, None])
+            choice = choose(saliency, threshold(history, self.alpha, self.window), self.draws)[:, None]
+            chosen, committed = tokens.gather(1, choice), saliency.gather(1, choice)
             if self.window > 0:
                 step.notes["history"] = torch.cat([history[:, 1:], committed], 1)
             else:  # the mean of all
                 mean = history.nan_to_num()
                 step.notes["history"] = mean + (committed - mean) / (step.number - 1)
-        chosen = tokens.gather(1, choice[:, None])
         return torch.full_like(logits, float("-inf")).scatter(1, chosen, logits.gather(1, chosen))
 
 
@@ -98,37 +97,32 @@ def threshold(history: Tensor, alpha: float, window: int) -> Tensor:
     return alpha * recent.nanmean(1).nan_to_num()
 
 
-def choose(probs: Tensor, saliency: Tensor, tau: Tensor, draws: int, uniforms: Tensor | None) -> Tensor:
-    """Index of the committed candidate (section 3.3 of the paper).
+def choose(saliency: Tensor, tau: Tensor, draws: int) -> Tensor:
+    """Index [B] of the committed candidate: the first of R that passes, else the most salient (paper, section 3.3).
 
     Args:
-        probs: [B, K] candidate probabilities, descending.
-        saliency: [B, K].
+        saliency: [B, K] of the candidates, those that are drawn first.
         tau: [B].
         draws: R.
-        uniforms: [B, R] for sampling; candidates come by probability without.
-
-    Returns:
-        [B].
     """
-    if uniforms is None:
-        passing = saliency[:, :draws] >= tau[:, None]
-        return torch.where(passing.any(1), passing.int().argmax(1), saliency.argmax(1))
-    rejected = torch.zeros_like(probs, dtype=torch.bool)
-    chosen = torch.full_like(tau, -1, dtype=torch.long)
+    passing = saliency[:, :draws] >= tau[:, None]
+    return torch.where(passing.any(1), passing.int().argmax(1), saliency.argmax(1))
+
+
+def drawn(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Indices [B, K] of the candidates: R drawn without replacement, by inverse CDF, then the others in their order.
+
+    Args:
+        probs: [B, K], descending.
+        uniforms: [B, R].
+    """
+    count, draws = probs.shape[1], uniforms.shape[1]
+    turn = draws + torch.arange(count, device=probs.device).repeat(len(probs), 1)
     for r in range(draws):
-        drawn = draw_next(probs, rejected, r, uniforms)
-        passes = saliency.gather(1, drawn[:, None])[:, 0] >= tau
-        chosen = torch.where((chosen < 0) & passes, drawn, chosen)
-        rejected = rejected.scatter(1, drawn[:, None], True)
-    return torch.where(chosen < 0, saliency.argmax(1), chosen)
-
-
-def draw_next(probs: Tensor, rejected: Tensor, r: int, uniforms: Tensor | None) -> Tensor:
-    """[B] next candidate: the likeliest left, or by inverse CDF of the r-th uniform over those left."""
-    left = probs.masked_fill(rejected, 0.0)
-    if uniforms is None:
-        return left.argmax(1)
-    cdf = (left / left.sum(1, keepdim=True)).cumsum(1)
-    drawn = (cdf < uniforms[:, r, None]).sum(1).clamp(max=probs.shape[1] - 1)
-    return torch.where(rejected.gather(1, drawn[:, None])[:, 0], left.argmax(1), drawn)
+        taken = turn < draws
+        left = probs.masked_fill(taken, 0.0)
+        cdf = (left / left.sum(1, keepdim=True)).cumsum(1)
+        index = (cdf < uniforms[:, r, None]).sum(1, keepdim=True).clamp(max=count - 1)
+        likeliest = probs.masked_fill(taken, -1.0).argmax(1, keepdim=True)
+        turn = turn.scatter(1, torch.where(taken.gather(1, index), likeliest, index), r)
+    return turn.argsort(1)

@@ -103,12 +103,13 @@ def _decisions(case: dict[str, Any], arrays: dict[str, Tensor]) -> None:
     hyper, history, chosen = case["hyper"], torch.zeros(1, 0), []
     for t, logits in enumerate(arrays["logits"]):
         probs, tokens = logits[None].softmax(-1).topk(hyper["top_k"])
+        entry = case["trace"][t]
+        uniforms = entry["uniforms"] + [0.5] * (hyper["max_resample"] - len(entry["uniforms"]))
+        tokens = tokens.gather(1, sgrs.drawn(probs, torch.tensor([uniforms])))
         table = arrays["saliency_table"][t][tokens]
         tau = sgrs.threshold(history, hyper["alpha"], hyper["history_window"])
-        entry = case["trace"][t]
         close(tau, torch.tensor([entry["tau"]]), 1e-6, f"tau of step {t}")
-        drawn = entry["uniforms"] + [0.5] * (hyper["max_resample"] - len(entry["uniforms"]))
-        choice = sgrs.choose(probs, table, tau, hyper["max_resample"], torch.tensor([drawn]))
+        choice = sgrs.choose(table, tau, hyper["max_resample"])
         history = torch.cat([history, table.gather(1, choice[:, None])], 1)
         chosen.append(int(tokens[0, choice[0]]))
     same(torch.tensor(chosen), arrays["chosen"].view(-1).long(), "committed tokens")
