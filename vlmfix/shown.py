@@ -137,15 +137,15 @@ class Step:
         notes: the method's own notes; tensors with B rows follow them.
         saliency: candidates [B, C] -> saliency score [B, C] on the answer so far (see `saliency_layers`); absent at the
             first token.
-        early: logits [B, V] float32 of the residual stream entering a layer named by `taps`; the second argument says
-            whether the model's final norm comes first.
+        early: logits [C, B, V] float32 of the residual stream entering each tapped layer, read off in one product; the
+            argument says whether the model's final norm comes first.
         table: (seed, count) -> `draws` [steps, count] of all steps, in steps that are captured.
     """
 
     number: int | Tensor
     branches: tuple[Tensor, ...]
     tapped: tuple[int, ...]
-    early: Callable[[int, bool], Tensor]
+    early: Callable[[bool], Tensor]
     notes: dict[str, Tensor] = field(default_factory=dict)
     saliency: Callable[[Tensor], Tensor] | None = None
     table: Callable[[int, int], Tensor] | None = None

@@ -149,7 +149,9 @@ def clockwork(family, recipe, layers, rows):
 
 
 @pytest.mark.parametrize("rows", [(1,), (1, 2)], ids=["one", "two"])
-@pytest.mark.parametrize("recipe", ["greedy", TABLE["var"].full, "pai", "vhr_local", TABLE["vcd"].full, "sid(from_layer=1)"])
+@pytest.mark.parametrize(
+    "recipe", ["greedy", TABLE["var"].full, "pai", "vhr_local", TABLE["vcd"].full, "sid(from_layer=1)"]
+)
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
 def test_more_layers_ask_no_more_often_where_the_step_stands(family, recipe, rows, monkeypatch):
     for module, name in ((attend, "grouped_attention"), (slots, "kv_write")):

@@ -225,11 +225,12 @@ class Request:
         self.layers.take(torch.arange(kept))
         self.copies, cache.copies, self._text_rows = run.joint.copies, run.joint.copies, False
 
-    def _early(self, visible: int) -> Callable[[int, bool], Tensor]:
-        def early(layer: int, norm: bool) -> Tensor:
-            hidden = self.layers.tapped[layer]
-            rows = hidden.shape[0] // self.copies
-            return lens(self.parts, hidden[:rows], norm).repeat_interleave(visible // rows, 0)
+    def _early(self, visible: int) -> Callable[[bool], Tensor]:
+        def early(norm: bool) -> Tensor:
+            hidden = torch.stack([self.layers.tapped[layer] for layer in sorted(self.compiled.taps)])
+            rows = hidden.shape[1] // self.copies
+            logits = lens(self.parts, hidden[:, :rows].flatten(0, 1), norm)
+            return logits.view(len(hidden), rows, -1).repeat_interleave(visible // rows, 1)
 
         return early
 

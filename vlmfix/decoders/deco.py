@@ -52,7 +52,7 @@ class DeCo(DecodingMethod):
     def scores(self, logits: Tensor, step: Step) -> Tensor:
         """Corrected logits of the candidates."""
         allowed = candidates(logits, self.top_k, self.top_p)
-        early = torch.stack([step.early(x, True) for x in step.tapped])
+        early = step.early(True)
         belief = early.softmax(-1).masked_fill(~allowed, 0.0).amax(-1)
         most, anchor = belief.max(0)
         rows = torch.arange(logits.shape[0], device=logits.device)

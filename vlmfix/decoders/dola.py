@@ -60,7 +60,7 @@ class DoLa(DecodingMethod):
     def scores(self, logits: Tensor, step: Step) -> Tensor:
         """Difference to the premature layer of each row."""
         own = logits.log_softmax(-1)
-        early = torch.stack([step.early(x, self.norm).log_softmax(-1) for x in step.tapped])
+        early = step.early(self.norm).log_softmax(-1)
         chosen = torch.zeros(own.shape[0], dtype=torch.long, device=own.device)
         if len(early) > 1:
             distance = layer_divergence(own, early, self.divergence)

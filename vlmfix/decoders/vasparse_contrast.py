@@ -50,7 +50,7 @@ class VASparseContrast(DecodingMethod):
 
     def scores(self, logits: Tensor, step: Step) -> Tensor:
         """The masked contrast."""
-        allowed, embedded = plausible(logits, self.beta), step.early(0, False)
+        allowed, embedded = plausible(logits, self.beta), step.early(False)[0]
         if self.variant == "paper":
             return keep(contrast(logits, embedded, self.alpha), allowed)
         scores = logits.log_softmax(-1) - embedded.log_softmax(-1) - self.alpha * embedded

@@ -53,7 +53,7 @@ def _mask(case: dict[str, Any], arrays: dict[str, Tensor]) -> None:
     same(kept, arrays["expected_mask"].bool(), "mask")
 
 
-def _no_early(layer: int, norm: bool) -> Tensor:
+def _no_early(norm: bool) -> Tensor:
     raise AssertionError("not asked for")
 
 

@@ -56,7 +56,7 @@ def _gate(method: M3ID, t: int, arrays: dict[str, Tensor]) -> None:
     same((scores != own).any(-1), arrays["applied"], "rows under the gate")
 
 
-def _no_early(layer: int, norm: bool) -> Tensor:
+def _no_early(norm: bool) -> Tensor:
     raise AssertionError("not asked for")
 
 

@@ -66,5 +66,5 @@ def _logits(case: dict[str, Any], arrays: dict[str, Tensor]) -> None:
         close(method.scores(own, step), arrays["out"][i], ATTENTION, f"step {i}", rtol=1e-5)
 
 
-def _no_early(layer: int, norm: bool) -> Tensor:
+def _no_early(norm: bool) -> Tensor:
     raise AssertionError("not asked for")

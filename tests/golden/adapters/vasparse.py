@@ -42,7 +42,7 @@ def check(case: dict[str, Any], arrays: dict[str, Tensor], folder: Path) -> None
 
 
 def _scores(method: VASparseContrast, own: str, embedded: str, arrays: dict[str, Tensor]) -> Tensor:
-    return method.scores(arrays[own], Step(1, (), (0,), lambda layer, norm: arrays[embedded]))
+    return method.scores(arrays[own], Step(1, (), (0,), lambda norm: arrays[embedded][None]))
 
 
 def _doubled(original: Any) -> Any:
