@@ -221,7 +221,7 @@ def _attend_slots(
     seen = frame.seen(layer)
     cached: SlotLayer = frame.cache.layers[layer]
     if cached.fed is not None:
-        return request.finish(layer, _attend_traced(request, frame, layer, query, scale, how))
+        return request.finish(layer, _attend_traced(request, frame, layer, query, cached.fed, scale, how))
     if layer in frame.plans:
         plans, packed = frame.plans[layer]
     else:
@@ -245,15 +245,21 @@ def _attend_slots(
 
 
 def _attend_traced(
-    request: Request, frame: Frame, layer: int, query: Tensor, scale: float, how: dict[str, Any]
+    request: Request,
+    frame: Frame,
+    layer: int,
+    query: Tensor,
+    fed: tuple[Tensor, Tensor],
+    scale: float,
+    how: dict[str, Any],
 ) -> Tensor:
     """The same where gradients run through the query and its own key and value."""
     seen = frame.seen(layer)
     cached: SlotLayer = frame.cache.layers[layer]
-    key, value, fed = cached.keys, cached.values, cached.fed
+    key, value = cached.keys, cached.values
     look = Look(query, key, value, seen.mask, scale, frame.slot, how, seen.k_pos)
     plans, _ = request.visit(layer, look)
-    if fed is None or plans or how["softcap"] or not seen.consecutive:
+    if plans or how["softcap"] or not seen.consecutive:
         key, value = cached.traced()
         spans = (seen.low, seen.high)
         plans = plans or (frame.nothing,)

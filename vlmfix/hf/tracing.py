@@ -49,9 +49,9 @@ def attend_one(
         out = grouped_attention(
             query, key, value, (plan,), None, scale, frame.slot, seen.k_pos, spans=(seen.low, seen.high), **rest
         )
-    known = {"lse": found["lse"][:, :, 0], "own": seen.own, "start": seen.low[:, 0]}
-    traced: Tensor = _Row.apply(query, *fed, out, key, value, *known.values(), scale)  # type: ignore[no-untyped-call]
-    return traced, known
+    lse, own, start = found["lse"][:, :, 0], seen.own, seen.low[:, 0]
+    traced: Tensor = _Row.apply(query, *fed, out, key, value, lse, own, start, scale)  # type: ignore[no-untyped-call]
+    return traced, {"lse": lse, "own": own, "start": start}
 
 
 class _Row(torch.autograd.Function):
