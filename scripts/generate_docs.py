@@ -35,7 +35,7 @@ WIDTH = 100
 
 CAPTURED = {
     "run": 'vlmfix run examples/scenes/images --prompt "Describe the image." --method vcd --limit 2',
-    "compare": 'vlmfix compare examples/scenes/images/000002.png "Describe the image." --methods "greedy; var; vcd"',
+    "compare": 'vlmfix compare examples/scenes/images/000001.png "Describe the image." --methods "greedy; var; vcd"',
     "demo": "vlmfix demo --show 2",
 }
 """Name of an output -> the command that makes it."""
