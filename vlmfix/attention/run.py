@@ -16,6 +16,7 @@ from vlmfix.hf.hooks import serving
 from vlmfix.hf.inputs import TOKEN_KEYS, Prompt, edit, read
 from vlmfix.hf.parts import Parts
 from vlmfix.hf.reader import Reader
+from vlmfix.kernels.dispatch import on_device
 from vlmfix.view import View
 
 
@@ -95,7 +96,7 @@ def generate(
     own = request.copies > 1 or request.reader is not None or bool(room) or (follows and beams > 1)
     if own and (parts.embeds or settings.effective("use_cache", kwargs, config) is not False):  # embeddings need it
         kwargs = _own_cache(request, prompt, kwargs, config)
-    with serving(request), rope_kept(parts.model):
+    with serving(request), rope_kept(parts.model), on_device(parts.device):
         return call(**kwargs), request
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
@@ -39,12 +39,24 @@ def reference_only() -> Iterator[None]:
 
 
 def use_triton(*tensors: Tensor) -> bool:
-    """Whether the Triton form serves these inputs: on a GPU (or interpreted), of a supported type, no gradients."""
+    """Whether the Triton form serves these inputs: on the current GPU (or interpreted), supported types, no gradients.
+
+    Models that are spread over several GPUs run in PyTorch where their layers are not on the first one.
+    """
     if not (INTERPRETED or all(x.is_cuda for x in tensors)) or any(x.dtype not in DTYPES for x in tensors):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):  # kernels have no backward
         return False
+    if not INTERPRETED and not torch.compiler.is_compiling():
+        current = torch.cuda.current_device()  # Triton launches there, wherever tensors lie
+        if any(x.device.index != current for x in tensors):
+            return False
     return has_triton() and not _forced
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Within the block kernels are launched on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def has_triton() -> bool:
