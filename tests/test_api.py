@@ -192,6 +192,12 @@ def test_wrong_ways_to_load_are_answered_with_the_remedy(folder, options, messag
         vlmfix.load(folder, **options)
 
 
+def test_keywords_reach_from_pretrained_and_unknown_ones_are_named(folder):
+    assert vlmfix.load(folder, device="cpu", attn_implementation="eager").model is not None
+    with pytest.raises(UsageError, match=r"has a keyword 'engin'; did you mean engine"):
+        vlmfix.load(folder, device="cpu", engin="graph")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(folder):
     with pytest.raises(UsageError, match="no CUDA; use --device cpu"):

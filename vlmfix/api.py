@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,16 @@ from vlmfix.applying import is_applied
 from vlmfix.attention.observing import OBSERVERS
 from vlmfix.diagnostics.recording import Recording
 from vlmfix.engine.graph import Engine
+from vlmfix.errors import UsageError, nearest
 from vlmfix.fixed import Answer as Answer
 from vlmfix.fixed import FixedVLM as FixedVLM
 from vlmfix.hf import loading
 from vlmfix.preparing import bare
 from vlmfix.preparing import compile_for as compile_for
 from vlmfix.recipe import Recipe
+
+UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+"""What Python says of a keyword that a function does not have."""
 
 
 def load(
@@ -54,21 +60,30 @@ def load(
         from_pretrained: further keywords of from_pretrained (quantization_config, max_memory, ...).
 
     Raises:
-        UsageError: no such model, or one without a processor.
+        UsageError: no such model, one without a processor, or a keyword that nothing takes.
         Refusal: not a model the recipe can act on.
     """
     recipe, _ = Recipe.of(recipe), Engine(engine, compile)  # a slip shows before a checkpoint is read
-    loaded, processor = loading.load(
-        model,
-        device,
-        dtype,
-        device_map,
-        revision,
-        quantize,
-        dict(processor_kwargs or {}),
-        trust_remote_code,
-        from_pretrained,
-    )
+    try:
+        loaded, processor = loading.load(
+            model,
+            device,
+            dtype,
+            device_map,
+            revision,
+            quantize,
+            dict(processor_kwargs or {}),
+            trust_remote_code,
+            from_pretrained,
+        )
+    except TypeError as error:
+        named = UNEXPECTED.search(str(error))
+        if named is None or named[1] not in from_pretrained:
+            raise
+        own = [name for name in inspect.signature(load).parameters if name != "from_pretrained"]
+        raise UsageError(
+            f"load: neither it nor the model's from_pretrained has a keyword {named[1]!r}{nearest(named[1], own)}"
+        ) from error
     return FixedVLM(loaded, processor, recipe, engine, compile)
 
 
