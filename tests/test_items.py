@@ -64,6 +64,12 @@ def test_text_beside_picture(photos):
     assert asked(collect(photos, "Is this {stem}?"))[2] == ("deep/c.webp", "Is this c?")
 
 
+def test_pictures_without_any_prompt_are_refused(photos):
+    for source in (photos, photos / "a.jpg"):
+        with pytest.raises(UsageError, match="no prompt; give --prompt TEXT"):
+            collect(source)
+
+
 def test_json_lines(photos):
     path = write(
         photos / "ask.jsonl",

@@ -166,6 +166,10 @@ def _from_pictures(source: Path, prompt: str | None, fields: list[str]) -> Items
     photos = [path for path in files if is_picture(path)]
     if not photos:
         raise UsageError(f"{source}: no pictures in this folder; file names must end in .jpg, .png, .webp and the like")
+    if prompt is None and not any(path.with_suffix(".txt").is_file() for path in photos):
+        raise UsageError(
+            f"{source}: no prompt; give --prompt TEXT, or write prompts into .txt files beside the pictures"
+        )
     beside_pictures = {path.with_suffix(".txt") for path in photos} | {source / name for name in PROMPT_FILES}
     others = [path for path in files if not is_picture(path) and path not in beside_pictures]
     if others:

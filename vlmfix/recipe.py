@@ -56,7 +56,7 @@ class Recipe:
         texts = [part for part in _split(text, ";") if part.strip()]
         if not texts:
             raise UsageError(f"empty recipe {text!r}; write a method's name, e.g. 'greedy'")
-        return [Recipe(tuple(_parse_method(term) for term in _split(part, "+"))) for part in texts]
+        return [Recipe(tuple(_parse_method(term, part) for term in _split(part, "+"))) for part in texts]
 
     @staticmethod
     def of(value: Any) -> Recipe:
@@ -210,11 +210,12 @@ def _split(text: str, separator: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _parse_method(text: str) -> Method:
+def _parse_method(text: str, recipe: str) -> Method:
     name, bracket, rest = text.strip().partition("(")
     name, rest = name.strip(), rest.strip()
     if not name:
-        raise UsageError(f"a method's name is missing in recipe part {text!r}")
+        where = "before its settings" if bracket else "beside a '+'"
+        raise UsageError(f"recipe {recipe.strip()!r}: a method's name is missing {where}; write it as in 'var+vcd'")
     if bracket and not rest.endswith(")"):
         raise UsageError(f"cannot read {text.strip()!r}; write name(key=value, ...)")
     return _make(name, _arguments(name, rest[:-1]) if bracket else {})

@@ -25,6 +25,13 @@ def test_compare(vlmfix_says, fake_model, photos):
     assert lines[4].startswith("vcd(alpha=2)")
 
 
+def test_an_empty_prompt_is_refused(vlmfix_says, fake_model, photos):
+    result = vlmfix_says("compare", photos / "1.png", " ")
+    assert result.exit_code == 2
+    assert "the prompt is empty" in result.stderr
+    assert fake_model == []
+
+
 def test_compare_as_json_with_a_refusal(vlmfix_says, fake_model, photos):
     result = vlmfix_says("compare", photos / "3.png", "?", "--methods", "greedy; m3id", "--json")
     assert result.exit_code == 1

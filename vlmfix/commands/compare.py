@@ -11,7 +11,7 @@ from rich.text import Text
 
 from vlmfix.commands.console import ALL_ANSWERED, SOME_FAILED, emit, screen
 from vlmfix.commands.options import GenerationOptions, Json, Methods, ModelOptions, parse_recipes, with_recipe
-from vlmfix.errors import VlmfixError
+from vlmfix.errors import UsageError, VlmfixError
 
 if TYPE_CHECKING:
     from vlmfix.api import FixedVLM
@@ -35,6 +35,8 @@ def compare(
     import vlmfix.pictures as pictures
     from vlmfix.items import Item
 
+    if not prompt.strip():
+        raise UsageError("the prompt is empty; write what is asked about the picture")
     recipes = parse_recipes(methods)
     pictures.load(image)  # a bad picture is told before the model is loaded
     item = Item(image.name, (image,), prompt, (str(image),), str(image))
