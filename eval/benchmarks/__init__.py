@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,9 +88,17 @@ def load(name: str, **options: Any) -> Benchmark:
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and key not in values
     ]
     if missing:
-        raise UsageError(f"{name} needs {' and '.join(missing)}; see the options of {kind.__name__}")
+        wanted = " and ".join(f"--option {key}=..." for key in missing)
+        raise UsageError(f"{name} needs {' and '.join(missing)}; give {wanted}{_truth(name, missing)}")
     made: Benchmark = kind(**values)
     return made
+
+
+def _truth(name: str, missing: Sequence[str]) -> str:
+    """Where else the command line takes what is missing, if that is annotations."""
+    from ..drawn import TRUTH
+
+    return ", --truth PATH to score, or --images scenes to answer" if TRUTH.get(name) in missing else ""
 
 
 def score_file(path: str | Path, benchmark: str, format: str = "auto", **options: Any) -> Score:

@@ -141,7 +141,9 @@ def _one(folder: Path, kind: str) -> Path:
     exact, found = folder / f"{kind}.json", sorted(folder.glob(f"{kind}*.json"))
     if exact.is_file():
         return exact
-    if len(found) != 1:
+    if not found:
+        raise UsageError(f"{folder} has no file {kind}*.json; give a folder of COCO's annotations, or the file itself")
+    if len(found) > 1:
         raise UsageError(f"{folder} has {len(found)} files {kind}*.json; name the one you mean")
     return found[0]
 

@@ -223,8 +223,17 @@ def test_other_categories_than_coco(tmp_path):
         assert Chair(tmp_path, synonyms=synonyms).score([{"id": "14", "text": "A blimp."}]).figures()["recall"] > 0
 
 
+def test_a_folder_without_annotations_or_with_several_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"has no file instances\*.json; give a folder of COCO's annotations"):
+        read_truth(tmp_path)
+    for year in (2014, 2017):
+        (tmp_path / f"instances_val{year}.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"has 2 files instances\*.json; name the one you mean"):
+        read_truth(tmp_path)
+
+
 def test_broken_annotation_files_are_named(tmp_path):
-    with pytest.raises(UsageError, match="0 files instances"):
+    with pytest.raises(UsageError, match="no file instances"):
         Chair(tmp_path).items()
     with pytest.raises(UsageError, match="no such file"):
         Chair(tmp_path / "x.json").items()
