@@ -58,6 +58,11 @@ class Store:
         self._where = self.path
         self._answered: set[str] = set()
 
+    @property
+    def written(self) -> Path:
+        """The file that this store wrote to; its path as given as long as nothing was written."""
+        return self._where
+
     def read(self) -> Merged:
         """Merges all files; nothing is cached, so the answers of other processes appear."""
         merged, places = Merged(), dict[str, str]()

@@ -300,6 +300,47 @@ def test_the_summary_says_how_it_was_decoded():
     assert acting.lines() == ["engine graph for 2 of 4 answers", "engine hf for 1 of 4 answers: beam search"]
 
 
+def test_the_summary_says_how_long_compiling_took_and_nothing_that_a_warning_said():
+    acting = Acting()
+    engine = {"name": "graph", "form": "compiled", "reason": "every step runs anew"}
+    acting.add([{"text": "a", "report": {"engine": {**engine, "capture_seconds": 3.0}}}] * 2)
+    acting.add([{"text": "b", "report": {"engine": {**engine, "capture_seconds": 0.0}}}])
+    acting.add([{"text": "c", "report": {"engine": {"name": "hf", "reason": "compile=True: no steps on cpu"}}}])
+    assert acting.lines() == ["engine graph for 3 of 4 answers: every step runs anew", "compiling took 3.0 s"]
+
+
+def test_a_folder_of_answers_gets_a_file_that_is_named(vlmfix_says, fake_model, photos, tmp_path):
+    asked = ("run", photos, "-p", "Describe.", "--out", tmp_path, "--json")
+    result = vlmfix_says(*asked)
+    (file,) = tmp_path.glob("*.jsonl")
+    assert len(records(file)) == 5
+    assert f"in {file}" in result.stderr
+    assert json.loads(result.stdout)[0]["out"] == str(file)
+    again = vlmfix_says(*asked)
+    assert json.loads(again.stdout)[0] | {"seconds": 0} == {
+        "recipe": "greedy", "answered": 0, "failed": 0, "kept": 5, "seconds": 0, "out": str(tmp_path),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompt; give --prompt TEXT"),
+        (["-p", " "], "--prompt is empty"),
+        (["-p", "?", "--method", "all"], "'all' belongs to `vlmfix eval --methods all`"),
+        (["-p", "?", "--method", "var+"], "recipe 'var+': a method's name is missing beside a '+'"),
+    ],
+)
+def test_what_gives_no_answer_is_refused_before_the_model_is_loaded(
+    vlmfix_says, fake_model, photos, arguments, message
+):
+    for source in (photos, photos / "1.png"):
+        result = vlmfix_says("run", source, *arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
+    assert fake_model == []
+
+
 def test_a_recipe_is_answered_by_the_engine_that_was_chosen(vlmfix_says):
     result = vlmfix_says(
         "run", ROOT / "examples/scenes/images/000001.png", "-p", "Describe the image.", "--device", "cpu",

@@ -6,9 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+COMPILED = "compiled"
+"""Form of a step whose blocks were compiled, in reports."""
+TOLD = "compile=True"
+"""Start of a reason that the engine warned of already, with the remedy."""
+
 
 class Acting:
-    """Gathers the reports of answers."""
+    """Gathers the reports of the answers of one recipe, batch by batch."""
 
     def __init__(self) -> None:
         self._answers = 0
@@ -17,9 +22,11 @@ class Acting:
         self._idle: Counter[tuple[str, str]] = Counter()
         self._overridden: set[str] = set()
         self._engines: Counter[tuple[str, str]] = Counter()
+        self._compiling = 0.0
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Takes in the reports of the records that are answers."""
+        """Takes in the reports of the records of one batch that are answers."""
+        captures = set()
         for record in records:
             report = record.get("report") or {}
             self._answers += "text" in record
@@ -28,10 +35,13 @@ class Acting:
             self._overridden.update(report.get("overridden_generation_config", {}))
             if engine := report.get("engine"):
                 self._engines[engine["name"], engine.get("reason", "")] += 1
+                if engine.get("form") == COMPILED:
+                    captures.add(engine["capture_seconds"])
             for name, did in report.get("methods", {}).items():
                 self._layers.setdefault(name, set()).update(did.get("layers", ()))
                 if "inactive" in did:
                     self._idle[name, did["inactive"]] += 1
+        self._compiling += sum(captures)  # the answers of a batch share one time
 
     def lines(self) -> list[str]:
         """What was found and touched, what did nothing and why, which settings of the checkpoint were overridden."""
@@ -47,8 +57,10 @@ class Acting:
         told += [
             f"engine {name} for {count} of {self._answers} answers" + (f": {why}" if why else "")
             for (name, why), count in self._engines.items()
-            if name == "graph" or why
+            if name == "graph" or (why and not why.startswith(TOLD))
         ]
+        if self._compiling:
+            told.append(f"compiling took {self._compiling:.1f} s")
         if self._overridden:
             told.append(f"settings of the checkpoint overridden: {', '.join(sorted(self._overridden))}")
         return told

@@ -136,6 +136,10 @@ def parse_recipes(text: str) -> list[Recipe]:
     """
     from vlmfix.recipe import Recipe
 
+    if "all" in (part.strip() for part in text.split(";")):
+        raise UsageError(
+            "'all' belongs to `vlmfix eval --methods all`; here, name the methods that `vlmfix methods` lists"
+        )
     recipes = {str(recipe): recipe for recipe in Recipe.parse_many(text)}
     if not recipes:
         raise UsageError("no recipe given; write method names, as in 'greedy; var'")

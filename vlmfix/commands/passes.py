@@ -80,7 +80,7 @@ class Pass:
             self.seconds = progress.seconds
             if self.store is not None:
                 self.store.close()
-        where = f" in {self.out}" if self.out else ""
+        where = f" in {self.store.written}" if self.store is not None else ""
         note(f"{self.recipe}: {self.answered} answered, {self.failed} failed, {self.seconds:.1f} s{where}", "bold")
         for line in self.acting.lines():
             note(f"  {line}")
@@ -111,7 +111,7 @@ class Pass:
             "failed": self.failed,
             "kept": self.kept,
             "seconds": round(self.seconds, 3),
-            "out": str(self.out),
+            "out": str(self.store.written if self.store is not None else self.out),
         }
 
 

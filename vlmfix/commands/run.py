@@ -10,6 +10,7 @@ import typer
 from vlmfix.commands.console import ALL_ANSWERED, SOME_FAILED, emit, note
 from vlmfix.commands.options import GenerationOptions, Json, ModelOptions, parse_recipes
 from vlmfix.commands.passes import Pass, answer_in_turn
+from vlmfix.errors import UsageError
 from vlmfix.items import collect
 
 if TYPE_CHECKING:
@@ -27,7 +28,13 @@ def run(
         str, typer.Option(help="Recipe, as in 'var' or 'var+vcd(alpha=1)'; several with ';'.")
     ] = "greedy",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="JSONL file of answers; a run that was stopped goes on in it.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="JSONL file of answers, or an existing folder, in which every run writes a file of its own; what "
+            "either holds already is kept, and only what is left is asked.",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures answered together.")] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first items.")] = None,
@@ -45,6 +52,8 @@ def run(
 
     Exit code: 0 all answered, 1 some failed, 2 wrong usage.
     """
+    if prompt is not None and not prompt.strip():
+        raise UsageError("--prompt is empty; write what is asked about every picture")
     recipes = parse_recipes(method)
     found = collect(source, prompt)
     for line in found.notes:
