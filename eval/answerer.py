@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from .. import registry
+from ..checks import check_types
 from ..errors import Refusal
+from ..recipe import Recipe
 from .base import Item
 from .baselines import Arm
 from .store import Record
@@ -111,11 +115,19 @@ class Opener:
     Args:
         model: Hub id, folder or `pico`.
         placebo: makes placebo recipes; those of `decoders.placebo` by default.
+        recipes: recipe texts of all arms to come. A slip in one shows before anything is answered: names, settings and
+            their types at once, what depends on the model as soon as it is loaded.
         load: further keywords of `vlmfix.load`.
+
+    Raises:
+        UsageError: a wrong name, key or value in a recipe.
     """
 
-    def __init__(self, model: str, placebo: Placebo | None = None, **load: Any) -> None:
+    def __init__(self, model: str, placebo: Placebo | None = None, recipes: Sequence[str] = (), **load: Any) -> None:
         self.model, self.placebo, self.load = model, placebo, load
+        self.recipes = [Recipe.parse(text) for text in dict.fromkeys(recipes)]
+        for method in (method for recipe in self.recipes for method in recipe.methods):
+            check_types(registry.name_of(method), method)
         self._plain: Any = None
 
     def __call__(self, arm: Arm) -> VlmAnswerer:
@@ -123,8 +135,9 @@ class Opener:
 
         Raises:
             Refusal: for a recipe that cannot act on the model, or a placebo that nothing can make.
+            UsageError: a setting of one of the recipes does not fit the model.
         """
-        from ..api import load, wrap
+        from ..api import load
 
         if self._plain is None:
             options = dict(self.load)
@@ -132,14 +145,22 @@ class Opener:
                 options["device"] = world().device()
             with alone():
                 self._plain = load(self.model, **options)
+            for each in self.recipes:
+                with contextlib.suppress(Refusal):  # that is told when the arm's turn comes
+                    self._wrapped(each).close()
         recipe: Any = arm.recipe
         if kind := arm.settings.get("placebo"):
             recipe = self._placebo(arm.recipe, kind, arm.settings.get("placebo_seed", 0))
-        how = {name: self.load[name] for name in ("engine", "compile") if name in self.load}
-        answerer = VlmAnswerer(wrap(self._plain.model, self._plain.processor, recipe, **how), self.model)
+        answerer = VlmAnswerer(self._wrapped(recipe), self.model)
         if kind:
             _try(answerer)
         return answerer
+
+    def _wrapped(self, recipe: Any) -> Any:
+        from ..api import wrap
+
+        how = {name: self.load[name] for name in ("engine", "compile") if name in self.load}
+        return wrap(self._plain.model, self._plain.processor, recipe, **how)
 
     def _placebo(self, recipe: str, kind: str, seed: int) -> Any:
         if self.placebo is not None:

@@ -119,7 +119,7 @@ def test_rows_that_cannot_act_are_named_and_the_others_go_on(vlmfix_says, place)
         (["chair", "--images", SCENES, "--controls", "placebos"], "unknown control 'placebos'"),
         (["chair", "--images", SCENES, "--dry-run", "--stored"], "exclude each other"),
         (["no.toml"], "no.toml cannot be read"),
-        (["chair"], "chair needs truth"),
+        (["chair"], "chair needs truth; give --option truth=..., --truth PATH to score, or --images scenes to answer"),
     ],
 )
 def test_wrong_usage_is_named(vlmfix_says, arguments, message):
@@ -139,6 +139,46 @@ def test_a_frontier_is_swept_and_drawn(vlmfix_says, place):
     assert (place / "frontier" / "chair" / "frontier.svg").read_text().startswith("<svg")
     assert vlmfix_says("frontier", SCENES, "vcd", "alpha", "a,b").exit_code == 2
     assert "write METHOD.alpha" in vlmfix_says("frontier", SCENES, "var+vcd", "alpha", "1").stderr
+
+
+SLIPS = [
+    (("eval", "--methods", "vdc"), "unknown method 'vdc'; did you mean vcd"),
+    (("eval", "--methods", "vcd(alhpa=1)"), "vcd has no setting 'alhpa'; did you mean alpha"),
+    (("eval", "--methods", "var; vcd(alpha=high)"), "vcd(alpha='high'): give a number"),
+    (("eval", "--methods", "vdc", "--dry-run"), "unknown method 'vdc'"),
+    (("eval", "--methods", "vdc", "--answers-only"), "unknown method 'vdc'"),
+    (("frontier", "vaar", "alpha", "1"), "unknown method 'vaar'; did you mean var"),
+    (("frontier", "vcd", "alhpa", "1"), "vcd has no setting 'alhpa'; did you mean alpha"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), SLIPS)
+def test_a_slip_in_a_recipe_shows_before_the_model_is_loaded(vlmfix_says, place, fake_model, arguments, message):
+    command, *rest = arguments
+    said = vlmfix_says(command, SCENES, *rest, "-o", place / "slip")
+    assert said.exit_code == 2
+    assert message in said.stderr
+    assert fake_model == []
+    assert not (place / "slip").exists()
+
+
+def test_a_value_that_does_not_fit_the_model_shows_before_anything_is_answered(vlmfix_says, place):
+    for arguments in (
+        ("eval", SCENES, "--methods", "vcd(noise_step=5000)"),
+        ("frontier", SCENES, "vcd", "noise_step", "5"),
+    ):
+        said = vlmfix_says(*arguments, "-o", place / "unfit")
+        assert said.exit_code == 2
+        assert "noise_step=5" in said.stderr
+    assert not (place / "unfit").exists()
+
+
+def test_all_methods_are_rows(vlmfix_says, place):
+    said = vlmfix_says(
+        "eval", "pope", "--images", SCENES, "--limit", 1, "-o", place / "all", "--methods", "all", "--dry-run",
+        "-O", "splits=random", "--json",
+    )  # fmt: skip
+    assert {"greedy", "var", "vcd"} < {row["row"] for row in json.loads(said.stdout)["rows"]}
 
 
 def test_results_of_speed_are_printed(vlmfix_says, tmp_path):

@@ -38,6 +38,19 @@ def test_the_test_split_is_refused(vlmfix_says, grids, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_slip_in_a_recipe_shows_before_anything_is_answered(vlmfix_says, fake_model, grids, tmp_path):
+    for recipe, setting, message in (
+        ("vdc", "alpha", "unknown method 'vdc'; did you mean vcd"),
+        ("vcd", "alhpa", "vcd has no setting 'alhpa'; did you mean alpha"),
+    ):
+        grids.write_text(f"[pai]\nalpha = [0.5]\n[{recipe}]\n{setting} = [1.0]\n")
+        said = vlmfix_says("tune", grids, "--images", "scenes:tuning:3", "-o", tmp_path / "no")
+        assert said.exit_code == 2
+        assert message in said.stderr
+    assert fake_model == []
+    assert not (tmp_path / "no").exists()
+
+
 def test_own_questions_and_a_word_on_their_number(vlmfix_says, grids, tmp_path):
     folder = scenes.build(tmp_path / "mine", 2, "demo") / "images"
     rows = [f"{number:06d}.png,Is there a {name} in the image?,{label}" for number in (0, 1)

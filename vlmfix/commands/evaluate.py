@@ -99,6 +99,12 @@ def _arms(grid: Grid, name: str, offset: float | None = None) -> list[Arm]:
     return grids.arms(grid, captions, grids.contrastive(), offset)
 
 
+def _recipes(rows: dict[str, list[Arm]]) -> list[str]:
+    """Recipes of all rows; those that were asked for first, so that an error quotes them."""
+    arms = [arm for each in rows.values() for arm in each if not arm.derive]
+    return [arm.recipe for arm in sorted(arms, key=lambda arm: arm.kind != "method")]
+
+
 def _words(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
 
@@ -118,7 +124,7 @@ def _tables(
     from vlmfix.eval import table as tables
     from vlmfix.eval.world import world
 
-    opener = None if stored else given.opener(grid)
+    opener = None if stored else given.opener(grid, _recipes(rows))
     results: dict[str, Result] = {}
     with Telling(seconds, quiet=world().rank > 0) as telling:
         for name, arms in rows.items():
@@ -158,7 +164,7 @@ def _answer(
     from vlmfix.eval import pipeline
     from vlmfix.eval.world import world
 
-    opener, failed = given.opener(grid), 0
+    opener, failed = given.opener(grid, _recipes(rows)), 0
     with Telling(seconds, quiet=world().rank > 0) as telling:
         for name, arms in rows.items():
             runs, refused = pipeline.answer(
@@ -174,7 +180,7 @@ def _answer(
 def _estimate(grid: Grid, rows: dict[str, list[Arm]], given: GridOptions, as_json: bool) -> bool:
     from vlmfix.eval import benchmarks, suite
 
-    opener, refused = given.opener(grid), dict[str, str]()
+    opener, refused = given.opener(grid, _recipes(rows)), dict[str, str]()
     found: list[tuple[str, Run]] = []
     for name, arms in rows.items():
         made = benchmarks.load(name, **grid.benchmarks[name])

@@ -30,6 +30,7 @@ def frontier(
     """
     from vlmfix.eval import drawn, pipeline
     from vlmfix.eval.baselines import methods_of
+    from vlmfix.eval.frontier import sweep
     from vlmfix.eval.world import world
 
     methods = methods_of(recipe)
@@ -42,10 +43,11 @@ def frontier(
     benchmark = next((each for each in grid.benchmarks if each in ("chair", "amber")), None)
     if benchmark is None:
         raise UsageError("a frontier needs captions: give chair or amber")
+    method, numbers = method or methods[0], _numbers(values)
+    opener = given.opener(grid, (arm.recipe for arm in sweep(recipe, method, name, numbers)))
     with Telling(quiet=world().rank > 0) as telling:
         found = pipeline.frontier(
-            grid, benchmark, recipe, method or methods[0], name, _numbers(values), given.opener(grid), given.out,
-            progress=telling,
+            grid, benchmark, recipe, method, name, numbers, opener, given.out, progress=telling
         )  # fmt: skip
     if found is None:
         return

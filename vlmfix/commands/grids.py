@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -80,11 +80,19 @@ class GridOptions:
         found = drawn.filled(found)
         return dataclasses.replace(found, benchmarks=with_options(found.benchmarks, self.option))
 
-    def opener(self, grid: Grid) -> Opener:
-        """What loads the grid's model."""
+    def opener(self, grid: Grid, recipes: Iterable[str]) -> Opener:
+        """What loads the grid's model.
+
+        Args:
+            grid: the grid.
+            recipes: texts of all recipes that will be answered.
+
+        Raises:
+            UsageError: a wrong name, key or value in a recipe.
+        """
         from vlmfix.eval.answerer import Opener
 
-        return Opener(grid.model, **grid.load)
+        return Opener(grid.model, recipes=list(recipes), **grid.load)
 
     def loading(self) -> dict[str, Any]:
         """Keywords of `vlmfix.load` that were given."""

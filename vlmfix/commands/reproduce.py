@@ -52,11 +52,12 @@ def _run(name: str, recipe: Reproduction, grid: Grid, given: GridOptions, retry_
     from vlmfix.eval import reproduce as published
     from vlmfix.eval.world import world
 
+    arms = published.arms(recipe)
+    opener = given.opener(grid, (arm.recipe for arm in arms))
     with Telling(quiet=world().rank > 0) as telling:
         result = pipeline.table(
-            grid, recipe.benchmark, published.arms(recipe), given.opener(grid), given.out / name,
-            retry_errors=retry_errors, progress=telling,
-        )  # fmt: skip
+            grid, recipe.benchmark, arms, opener, given.out / name, retry_errors=retry_errors, progress=telling
+        )
     if result is None:
         return
     outcomes = published.judge(recipe, result.comparison)

@@ -64,7 +64,8 @@ def tune(
     stated = "own" if questions else split or known
     tuning.check_split(stated if known is None or stated == "own" else known, items)
     metric = aim or ("hallucination" if questions else AIMS.get(benchmark, "accuracy"))
-    measure = measurer(grid, made, given.opener(grid), given.out / "answers")
+    opener = given.opener(grid, (text for texts in recipes.values() for text in texts))
+    measure = measurer(grid, made, opener, given.out / "answers")
     found = tuning.search(
         items, recipes, measure, hallucination=metric, recall=recall, keep_recall=keep_recall, rounds=rounds
     )
