@@ -90,3 +90,16 @@ def test_models(vlmfix_says):
     wrong = vlmfix_says("models", "lava")
     assert wrong.exit_code == 2
     assert "did you mean llava" in wrong.stderr
+
+
+def test_models_break_no_words_at_80_columns(vlmfix_says, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = vlmfix_says("models", "--all")
+    lines = said.stdout.splitlines()
+    assert lines[0].split() == ["family", "branches", "captured", "step", "status"]
+    assert "refused: generates" in said.stdout
+    assert "not shown for want of" in said.stderr
+    known = {
+        word for row in FAMILIES.values() for word in f"{row.name} {row.branches} {row.replayed} {row.status}".split()
+    }
+    assert {word for line in lines[1:] for word in line.split()} <= known

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlmfix.commands.console import emit, note, show, table
+from vlmfix.commands.console import emit, note, screen, show, table
 from vlmfix.commands.options import Json
 from vlmfix.errors import UsageError, nearest
 from vlmfix.hf.families import FAMILIES, Family
@@ -16,6 +16,11 @@ COLUMNS = (
     *("family", "decoder", "visual tokens per picture", "mask", "branches", "captured step", "without torchvision"),
     "status",
 )
+NARROW = ("family", "branches", "captured step", "status")
+"""The columns where there is no room for all."""
+
+ROOM = 155
+"""Characters of a line that all columns take without broken words."""
 
 
 def models(
@@ -31,7 +36,13 @@ def models(
     if as_json:
         emit([asdict(row) for row in listed])
     elif name is None:
-        show(table(COLUMNS, map(cells, listed)))
+        shown = COLUMNS if screen().width >= ROOM else NARROW
+        lines = (dict(zip(COLUMNS, cells(row), strict=True)) for row in listed)
+        show(table(shown, ([line[column] for column in shown] for line in lines)))
+        if left := [column for column in COLUMNS if column not in shown]:
+            note(
+                f"not shown for want of {ROOM} columns: {', '.join(left)}; `vlmfix models FAMILY` and --json have them"
+            )
         if len(listed) < len(rows):
             note(f"{len(rows) - len(listed)} further families are untested: --all lists them")
     else:
