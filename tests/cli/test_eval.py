@@ -181,46 +181,6 @@ def test_all_methods_are_rows(vlmfix_says, place):
     assert {"greedy", "var", "vcd"} < {row["row"] for row in json.loads(said.stdout)["rows"]}
 
 
-def test_results_of_speed_are_printed(vlmfix_says, tmp_path):
-    path = tmp_path / "decode.json"
-    rows = [{"batch": 1, "row": "var", "ms": 1.23456, "report": {"layers": [1]}}, {"batch": 1, "row": "vcd"}]
-    path.write_text(json.dumps({"device": "a card", "versions": {"torch": "2"}, "rows": rows}))
-    said = vlmfix_says("bench", path)
-    assert said.exit_code == 0
-    assert "1.235" in said.stdout
-    assert "device a card, versions.torch 2" in said.stderr
-    path.write_text("[]")
-    assert vlmfix_says("bench", path).exit_code == 2
-
-
-def test_targets_of_speed_are_judged(vlmfix_says, tmp_path):
-    path = tmp_path / "engine.json"
-    rows = [
-        {"row": "a", "of_plain": 1.04, "hidden": 7, "targets": {"of_plain": "<= 1.05"}},
-        {"row": "b", "of_plain": 1.5, "of_floor": 2.0, "targets": {"of_plain": "<= 1.05", "of_floor": "<= 2.2"}},
-        {"row": "c", "of_ideal": 0.7, "target": ">= 80% of ideal", "note": "one repeat"},
-        {"row": "d", "target": "<= 1.1 x sdpa"},
-        {"row": "e", "target": "", "targets": {}},
-    ]
-    runs = [{"device": "a card"}, {"device": "another card"}]
-    answers = [{"row": "a", "1": 12.25}]
-    data = {"columns": ["row", "of_plain", "targets"], "rows": rows, "runs": runs, "answers": answers}
-    path.write_text(json.dumps(data))
-    found = json.loads(vlmfix_says("bench", path, "--json").stdout)[str(path)]["rows"]
-    assert [row.get("targets") for row in found] == ["met", "1 of 2 met", "missed", "not measured", None]
-    assert found[2]["judged"] == [{"figure": "of_ideal", "value": 0.7, "target": ">= 0.8", "met": False}]
-    said = vlmfix_says("bench", path)
-    assert said.exit_code == 0
-    assert "hidden" not in said.stdout
-    assert "one repeat" in said.stdout
-    assert "12.25" in said.stdout
-    assert [line.split()[:3] for line in said.stdout.splitlines() if "False" in line] == [
-        ["b", "of_plain", "1.5"],
-        ["c", "of_ideal", "0.7"],
-    ]
-    assert "another card" in said.stderr
-
-
 @pytest.mark.parametrize("command", ["eval", "score", "frontier", "tune", "verify", "reproduce", "bench"])
 def test_help_imports_no_torch(command):
     code = (
