@@ -184,6 +184,7 @@ def test_a_loaded_model_is_ready(folder):
         ({"device": "cpu", "device_map": "auto"}, "device and device_map exclude each other"),
         ({"quantize": "3bit"}, "quantize '3bit' is not known; give 4bit or 8bit"),
         ({"device": "cpu", "processor_kwargs": {"do_rezise": False}}, "no setting 'do_rezise'; did you mean do_resize"),
+        ({"device": "cpu", "processor_kwargs": {"foo": 1}}, "no setting 'foo'; known are .*do_normalize.* and others"),
         ({"device": "cpu", "recipe": "vdc"}, "unknown method 'vdc'; did you mean"),
     ],
 )

@@ -23,9 +23,11 @@ class PictureError(VlmfixError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A suffix for an error message: the nearest right names, or all of them if few."""
+    """A suffix for an error message: the nearest right names; if none is near, all of few or some of many."""
     known = sorted(names)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {', '.join(close)}?"
-    return f"; known: {', '.join(known)}" if len(known) <= 12 else ""
+    if len(known) <= 12:
+        return f"; known: {', '.join(known)}"
+    return f"; known are {', '.join(difflib.get_close_matches(name, known, n=5, cutoff=0))} and others"
