@@ -43,7 +43,7 @@ class ModelOptions:
         str, typer.Option(help="hf (transformers' loop), graph (a captured step, replayed), auto (graph on a GPU).")
     ] = "auto"
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the decoder before a step is captured: faster after ~30 s.")
+        bool, typer.Option("--compile", help="Compile the decoder before a step is captured; takes some 20 s and gains little.")
     ] = False
 
     def load(self, recipe: Recipe | str = "greedy") -> FixedVLM:
