@@ -19,8 +19,8 @@ def test_kernels_in_the_interpreter():
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", str(here), "-m", "interpreted and not gpu", "-p", "no:xdist"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, cwd=here.parents[1], capture_output=True, text=True, timeout=280)
+    run = subprocess.run(command, env=environment, cwd=here.parents[1], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed is not None, run.stdout[-500:]
-    assert int(passed.group(1)) >= 60, run.stdout[-500:]
+    assert int(passed.group(1)) >= 250, run.stdout[-500:]
