@@ -43,7 +43,8 @@ class ModelOptions:
         str, typer.Option(help="hf (transformers' loop), graph (a captured step, replayed), auto (graph on a GPU).")
     ] = "auto"
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the decoder before a step is captured; takes some 20 s and gains little.")
+        bool,
+        typer.Option("--compile", help="Compile the decoder before a step is captured: some 20 s, for little gain."),
     ] = False
 
     def load(self, recipe: Recipe | str = "greedy") -> FixedVLM:
