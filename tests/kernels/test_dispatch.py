@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import vlmfix
+from tests.families import build
+from vlmfix.attention import run
 from vlmfix.kernels import dispatch
 
 
@@ -31,3 +34,12 @@ def test_a_block_on_a_device():
     with dispatch.on_device(torch.device("cpu")):
         pass
     assert dispatch.on_device(torch.device("cuda:1")).idx == 1
+
+
+def test_a_generation_runs_on_the_models_device(monkeypatch):
+    devices = []
+    monkeypatch.setattr(run, "on_device", lambda device: devices.append(device) or dispatch.on_device(device))
+    tiny = build("llava", fresh=True)
+    with vlmfix.wrap(tiny.model, None, "pai", engine="hf") as vlm:
+        vlm.generate(**tiny.inputs((1,)), max_new_tokens=2)
+    assert devices == [tiny.model.device]

@@ -96,8 +96,9 @@ class Session:
         self._lived.fill_(0)
         self._done.fill_(False)
         self._written.fill_(self._fill)
-        if self._uniforms is not None:
-            self._uniforms.copy_(choice.uniforms(self.capacity))  # type: ignore[arg-type]
+        uniforms = choice.uniforms(self.capacity)
+        if self._uniforms is not None and uniforms is not None:  # both or neither: it is part of the session's key
+            self._uniforms.copy_(uniforms)
         self.take(token)
 
     def take(self, drawn: Tensor) -> None:

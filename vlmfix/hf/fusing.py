@@ -150,7 +150,8 @@ def _gated(module: nn.Module) -> Forward | None:
 
     def forward(x: Tensor) -> Tensor:
         inner = gated_linear(x, gate.weight, up.weight) if whole else silu_mul(gate(x), up(x))
-        return down(inner)  # type: ignore[no-any-return]
+        out: Tensor = down(inner)
+        return out
 
     return forward if _equal(module, forward, gate.in_features, gate.weight, GATED) else None
 
@@ -174,14 +175,14 @@ def _rotated(module: nn.Module) -> Forward | None:
     weight = next(module.parameters(recurse=True), None)
     if code is None or ROTARY not in code.co_names or weight is None or not weight.is_floating_point():
         return None
-    theirs = plain.__globals__.get(ROTARY)
+    theirs: Any = plain.__globals__.get(ROTARY)
     sizes = ((1, 2, 1, 32), (1, 1, 1, 32), (1, 1, 32), (1, 1, 32))
     generator = torch.Generator().manual_seed(0)
     trial = [torch.randn(size, generator=generator).to(weight.device, weight.dtype) for size in sizes]
 
     def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
         if rest or named or q.dtype != cos.dtype or (cos.dim(), cos.shape[-1]) != (3, q.shape[-1]):  # not as tried
-            return theirs(q, k, cos, sin, *rest, **named)  # type: ignore[misc]
+            return theirs(q, k, cos, sin, *rest, **named)
         return rotary(q, k, cos, sin)
 
     if weight.is_meta or not _alike(theirs, ours, *trial):
@@ -189,7 +190,8 @@ def _rotated(module: nn.Module) -> Forward | None:
     names = {**plain.__globals__, ROTARY: ours}
     function = FunctionType(code, names, plain.__name__, plain.__defaults__, plain.__closure__)
     function.__kwdefaults__ = plain.__kwdefaults__
-    return function.__get__(module)  # type: ignore[no-any-return]
+    forward: Forward = function.__get__(module)
+    return forward
 
 
 def _untouched(module: nn.Module) -> bool:
